@@ -1,0 +1,1 @@
+"""Client data on the host: flat stores, partitions, readers. numpy only."""

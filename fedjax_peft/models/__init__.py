@@ -1,0 +1,1 @@
+"""Language models as pure Flax linen, and readers of their published weights."""

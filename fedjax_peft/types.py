@@ -1,0 +1,81 @@
+"""The vocabulary of the library: what a model, a task and an algorithm are, and the arrays that pass between them.
+
+Axis letters, used in every docstring:
+
+    N clients of the population   C cohort slots   S local steps   B examples   T tokens
+    D inputs of a site            F outputs        R rank          L layers     K classes
+
+`adapters` is a nested dict that mirrors the module paths of the model and holds a callable pytree under the key
+`delta` of each site. `base` is the nested dict of frozen parameters.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from flax import struct
+
+Array = jax.Array
+PyTree = Any
+
+
+class Model(NamedTuple):
+    """A language model as two pure functions. `models/` makes them."""
+
+    init: Callable[[Array], PyTree]
+    """(key) -> base. Shapes without weights: `jax.eval_shape(model.init, key)`."""
+    apply: Callable[..., PyTree]
+    """(base, adapters, inputs, key=None) -> outputs. `inputs` holds `tokens` [B, T] int32, `mask` [B, T] bool and, for
+    pairs of texts, `types` [B, T] int32. Outputs of a classifier are logits [B, K] float32. Without a key there is no
+    dropout."""
+    taps: Callable[..., PyTree]
+    """(base, adapters, inputs) -> tree over sites of the moments of each Dense's input: `mean` and `square`, both
+    [.., B, T], averaged over features."""
+
+
+class Task(NamedTuple):
+    """What is learnt and how it is judged; both functions work example by example, so that padding can be left out."""
+
+    loss: Callable[[PyTree, PyTree], Array]
+    """(outputs, labels) -> [B]."""
+    metrics: Callable[[PyTree, PyTree], dict[str, Array]]
+    """(outputs, labels) -> {name: [B, ..]}, to be averaged over examples."""
+
+
+@struct.dataclass
+class Batches:
+    """Minibatches of one client, `[S, B, ..]`, or of a cohort, `[C, S, B, ..]`."""
+
+    inputs: dict[str, Array]  # [.., S, B, T] each
+    labels: PyTree  # [.., S, B] for a classifier
+    weights: Array  # [.., S, B] float32: 1 for an example, 0 for padding; a step of zeros is skipped
+    width: Array  # [S] int32, never with a client axis: which of the run's token widths step s is cut to
+
+
+@struct.dataclass
+class Cohort:
+    """The clients of one round. A padding slot has id N, no examples and does not report."""
+
+    ids: Array  # [C] int32
+    examples: Array  # [C] float32: training examples that the client holds
+    reported: Array  # [C] bool: finished the round with finite numbers, so its upload counts
+
+
+class Algorithm(NamedTuple):
+    """A federated method. The functions of one client never see a client axis; `rounds.py` batches them."""
+
+    init: Callable[[Array], PyTree]
+    """(key) -> server."""
+    init_client: Callable[[PyTree, Array, Array], PyTree]
+    """(server, id, key) -> client: the state of a client that has not taken part yet; `()` if clients keep nothing."""
+    client_update: Callable[..., tuple[PyTree, PyTree, dict[str, Array]]]
+    """(base, server, client, batches, key) -> (client, upload, metrics). Metrics are scalars, `loss` among them."""
+    fold: Callable[[PyTree, Cohort], PyTree]
+    """(uploads [C, ..], cohort) -> sums: an additive digest of uploads, so that a round adds it up over chunks and devices and
+    never holds all uploads at once. Slots that did not report arrive as zeros."""
+    server_update: Callable[[PyTree, PyTree], tuple[PyTree, dict[str, Array]]]
+    """(server, sums) -> (server, metrics). Must return the server unchanged if nobody reported."""
+    personalize: Callable[..., PyTree]
+    """(base, server, client, batches, key) -> adapters that the client is evaluated with. Zero steps are legal."""
+    host_step: Callable[[PyTree], PyTree] | None = None
+    """(server) -> server, on the host between rounds."""
