@@ -1,0 +1,24 @@
+"""Settings under which every test runs: four virtual devices, strict shapes, no silent warning."""
+
+import os
+import pathlib
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+BENCHMARKS = pathlib.Path(
+    os.environ.get("FEDJAX_PEFT_DATA", pathlib.Path(__file__).parents[2] / "shared" / "data")
+)
+
+
+@pytest.fixture(scope="session")
+def benchmarks() -> pathlib.Path:
+    """Folder of benchmark files in hub column names; they are not part of the project."""
+    if not BENCHMARKS.is_dir():
+        pytest.skip(f"benchmark files absent: set FEDJAX_PEFT_DATA (looked in {BENCHMARKS})")
+    return BENCHMARKS
