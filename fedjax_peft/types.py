@@ -49,7 +49,8 @@ class Batches:
     inputs: dict[str, Array]  # [.., S, B, T] each
     labels: PyTree  # [.., S, B] for a classifier
     weights: Array  # [.., S, B] float32: 1 for an example, 0 for padding; a step of zeros is skipped
-    width: Array  # [S] int32, never with a client axis: which of the run's token widths step s is cut to
+    width: Array  # [S] int32, never with a client axis: step s is cut to widths[width[s]] tokens
+    widths: tuple[int, ...] = struct.field(pytree_node=False, default=())  # ascending, T last
 
 
 @struct.dataclass
@@ -71,10 +72,10 @@ class Algorithm(NamedTuple):
     client_update: Callable[..., tuple[PyTree, PyTree, dict[str, Array]]]
     """(base, server, client, batches, key) -> (client, upload, metrics). Metrics are scalars, `loss` among them."""
     fold: Callable[[PyTree, Cohort], PyTree]
-    """(uploads [C, ..], cohort) -> sums: an additive digest of uploads, so that a round adds it up over chunks and devices and
-    never holds all uploads at once. Slots that did not report arrive as zeros."""
+    """(uploads [C, ..], cohort) -> sums: an additive digest of uploads. A round adds it up over chunks and devices and so
+    never holds all uploads at once. The uploads of slots that did not report are zeros."""
     server_update: Callable[[PyTree, PyTree], tuple[PyTree, dict[str, Array]]]
-    """(server, sums) -> (server, metrics). Must return the server unchanged if nobody reported."""
+    """(server, sums) -> (server, metrics). A round in which nobody reported keeps the server as it was."""
     personalize: Callable[..., PyTree]
     """(base, server, client, batches, key) -> adapters that the client is evaluated with. Zero steps are legal."""
     host_step: Callable[[PyTree], PyTree] | None = None

@@ -1,0 +1,307 @@
+"""What clients train: callable pytrees that sit at the sites of a model.
+
+A site is a module of the base that owns parameters: a Dense (`kernel`), an Embed (`embedding`) or a LayerNorm (`scale`).
+An adapter is called with the site's input and returns what the site adds to its output. Sites of a layer stack carry a
+leading axis `[L]`; a client axis in front is just one more batch axis. Names of sites are those of Hugging Face, so the
+target lists of published configurations carry over: `encoder.layer.3.attention.self.query`.
+"""
+
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct, traverse_util
+
+from fedjax_peft import trees
+from fedjax_peft.types import Array, Model, PyTree
+
+STACKS = ("layer", "layers", "h")  # modules whose parameters carry a leading layer axis
+HEAD = r"(.*\.)?(classifier|qa_outputs|score)(\..*)?"
+FACTORS = ("a", "b", "scale")
+
+
+@struct.dataclass
+class LoRA:
+    """Low-rank update of a Dense: x -> x A diag(scale) B. Hu et al., LoRA, arXiv 2106.09685."""
+
+    a: Array  # [.., D, R]
+    b: Array  # [.., R, F]
+    scale: Array  # [.., R] alpha / r times the rank mask
+    dropout: float = struct.field(pytree_node=False, default=0.0)
+
+    def __call__(self, x: Array, key: Array | None = None) -> Array:
+        if self.dropout and key is not None:
+            kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+            x = jnp.where(kept, x / (1 - self.dropout), jnp.zeros((), x.dtype))
+        b = self.scale[..., None] * self.b
+        return (x @ self.a.astype(x.dtype)) @ b.astype(x.dtype)
+
+    def merged(self, params: dict) -> dict:
+        return params | {"kernel": params["kernel"] + (self.a * self.scale[..., None, :]) @ self.b}
+
+
+@struct.dataclass
+class Full:
+    """Dense update of a Dense: every weight is trained."""
+
+    kernel: Array  # [.., D, F]
+    bias: Array | None  # [.., F]
+
+    def __call__(self, x: Array, key: Array | None = None) -> Array:
+        y = x @ self.kernel.astype(x.dtype)
+        return y if self.bias is None else y + _along_last(self.bias, y)
+
+    def merged(self, params: dict) -> dict:
+        return _added(params, kernel=self.kernel, bias=self.bias)
+
+
+@struct.dataclass
+class Table:
+    """Dense update of an Embed."""
+
+    embedding: Array  # [V, D]
+
+    def __call__(self, ids: Array, key: Array | None = None) -> Array:
+        return self.embedding[ids]
+
+    def merged(self, params: dict) -> dict:
+        return _added(params, embedding=self.embedding)
+
+
+@struct.dataclass
+class Affine:
+    """Dense update of a LayerNorm; called with the normalised input."""
+
+    gain: Array  # [.., D]
+    shift: Array | None  # [.., D]
+
+    def __call__(self, x: Array, key: Array | None = None) -> Array:
+        y = x * _along_last(self.gain, x)
+        return y if self.shift is None else y + _along_last(self.shift, y)
+
+    def merged(self, params: dict) -> dict:
+        return _added(params, scale=self.gain, bias=self.shift)
+
+
+class Site(NamedTuple):
+    """One module that an adapter can sit at."""
+
+    path: tuple[str, ...]
+    names: tuple[str, ...]  # dotted Hugging Face names, one a layer
+    params: dict  # shapes of the module's own parameters
+
+    @property
+    def is_dense(self) -> bool:
+        return "kernel" in self.params
+
+
+def sites(shapes: PyTree) -> list[Site]:
+    """All sites of a base, given its parameters or their shapes."""
+    modules: dict[tuple[str, ...], dict] = {}
+    for path, leaf in traverse_util.flatten_dict(shapes).items():
+        modules.setdefault(path[:-1], {})[path[-1]] = leaf
+    return [Site(path, _names(path, params), params) for path, params in sorted(modules.items())]
+
+
+def init(
+    key: Array,
+    shapes: PyTree,
+    *,
+    kind: str = "lora",
+    rank: int = 8,
+    alpha: float = 16.0,
+    targets: str = "query,value",
+    head: str = "full",
+    dropout: float = 0.0,
+    rank_stabilized: bool = False,
+) -> PyTree:
+    """Adapters that leave the base as it is: A ~ U(-1/sqrt D, 1/sqrt D), B = 0, dense updates 0.
+
+    Args:
+      key: consumed.
+      shapes: the base or its shapes.
+      kind: `lora`, or `full` for a dense update of every parameter of the base (rank, targets and head then do not matter).
+      rank: R, from 1 to the smaller side of each targeted site.
+      alpha: LoRA's numerator: scale = alpha / rank, or alpha / sqrt(rank) if `rank_stabilized`.
+      targets: `all-linear`, a comma list of name endings (`query,value`), or a regular expression for whole names.
+      head: the task head's sites are trained densely (`full`), are sites like others (`lora`), or stay `frozen`.
+      dropout: probability with which an input of A is dropped in training.
+
+    Raises:
+      ValueError: for a target that matches nothing, or a rank that does not fit.
+    """
+    if kind not in ("lora", "full"):
+        raise ValueError(f"adapter.kind is {kind!r}, expected 'lora' or 'full'")
+    if head not in ("full", "lora", "frozen"):
+        raise ValueError(f"adapter.head is {head!r}, expected 'full', 'lora' or 'frozen'")
+    if kind == "full":
+        return _nest({site.path: _dense(site) for site in sites(shapes)})
+    if not 0 <= dropout < 1:
+        raise ValueError(f"adapter.dropout is {dropout}, expected at least 0 and below 1")
+    dense = [site for site in sites(shapes) if site.is_dense]
+    heads = [site for site in dense if re.fullmatch(HEAD, site.names[0])] if head != "lora" else []
+    body = [site for site in dense if site not in heads]
+    masks = _match(targets, body)
+    scale = alpha / rank**0.5 if rank_stabilized else alpha / max(rank, 1)
+    nodes = {site.path: _dense(site) for site in heads if head == "full"}
+    for index, site in enumerate(body):
+        if any(masks[site.path]):
+            nodes[site.path] = _lora(jax.random.fold_in(key, index), site, rank, scale, masks[site.path], dropout)
+    return _nest(nodes)
+
+
+def check_sites(adapters: PyTree, shapes: PyTree) -> None:
+    """Raises ValueError with the names of adapters at paths that no module of the base reads: `apply` would ignore them."""
+    known = {site.path for site in sites(shapes)}
+    lost = [".".join(path) for path in nodes(adapters) if path not in known]
+    if lost:
+        raise ValueError(f"no module of the model reads the adapters at {', '.join(lost)}")
+
+
+def nodes(adapters: PyTree) -> dict[tuple[str, ...], PyTree]:
+    """{path of the site: adapter}."""
+    return {path[:-1]: node for path, node in traverse_util.flatten_dict(adapters).items()}
+
+
+def merge(base: PyTree, adapters: PyTree) -> PyTree:
+    """The base with every adapter added into its weights."""
+    flat = traverse_util.flatten_dict(base)
+    for path, node in nodes(adapters).items():
+        own = {key[-1]: leaf for key, leaf in flat.items() if key[:-1] == path}
+        flat |= {(*path, name): leaf for name, leaf in node.merged(own).items()}
+    return traverse_util.unflatten_dict(flat)
+
+
+def merged(model: Model) -> Model:
+    """The model with adapters added into the weights before each call.
+
+    Cheaper than calling dense updates beside the base once every parameter is trained.
+    """
+
+    def apply(base, adapters, inputs, key=None):
+        return model.apply(merge(base, adapters), {}, inputs, key)
+
+    return model._replace(apply=apply)
+
+
+def concat(first: PyTree, second: PyTree) -> PyTree:
+    """Adapters that do what both do: ranks of LoRAs at the same site are joined, dense updates are added."""
+    left, right = nodes(first), nodes(second)
+    both = {path: _joined(left[path], right[path]) for path in left.keys() & right.keys()}
+    return _nest(left | right | both)
+
+
+def mask_ranks(adapters: PyTree, masks: PyTree) -> PyTree:
+    """LoRAs with only the ranks whose mask is 1.
+
+    `masks` has the tree of `adapters` with `[.., R]` arrays of 0 and 1 in place of LoRAs (None elsewhere). Removed ranks
+    are zero in A, B and scale, so they add nothing and receive no gradient.
+    """
+
+    def masked(node, mask):
+        if mask is None:
+            return node
+        mask = mask.astype(node.a.dtype)
+        return node.replace(
+            a=node.a * mask[..., None, :], b=node.b * mask[..., None], scale=node.scale * mask
+        )
+
+    return jax.tree.map(masked, adapters, masks, is_leaf=lambda node: not isinstance(node, dict))
+
+
+def count(adapters: PyTree, kinds: tuple[str, ...] | None = None) -> int:
+    """Parameters that are trained or sent: ranks that a mask removes do not count.
+
+    `kinds` restricts the count to leaves with these names (`a`, `b`, `kernel` ..); scales are never counted by default.
+    """
+    total = 0
+    for node in nodes(adapters).values():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(node):
+            name = trees.path_name(path)
+            if name not in kinds if kinds is not None else name == "scale":
+                continue
+            share = 1.0
+            if isinstance(node, LoRA) and node.scale is not None and name in ("a", "b"):
+                share = np.count_nonzero(node.scale) / node.scale.size
+            total += round(share * leaf.size)
+    return total
+
+
+def _names(path, params):
+    stacked = [position for position, part in enumerate(path) if part in STACKS]
+    if not stacked:
+        return (".".join(path),)
+    layers = next(iter(params.values())).shape[0]
+    cut = stacked[0] + 1
+    return tuple(".".join((*path[:cut], str(layer), *path[cut:])) for layer in range(layers))
+
+
+def _match(targets: str, candidates: list[Site]) -> dict[tuple[str, ...], np.ndarray]:
+    """{path: [L] bool, the layers that the targets name}."""
+    if targets == "all-linear":
+        patterns = [".*"]
+    elif re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", targets):
+        patterns = [r"(.*\.)?" + re.escape(ending.strip()) for ending in targets.split(",")]
+    else:
+        patterns = [targets]
+    hits = {site.path: np.zeros(len(site.names), bool) for site in candidates}
+    for pattern, word in zip(patterns, targets.split(",") if len(patterns) > 1 else [targets], strict=True):
+        try:
+            found = [[bool(re.fullmatch(pattern, name)) for name in site.names] for site in candidates]
+        except re.error as error:
+            raise ValueError(f"adapter.targets {word!r} is no regular expression: {error}") from None
+        if not any(map(any, found)):
+            some = ", ".join(sorted({site.names[0] for site in candidates})[:12])
+            raise ValueError(f"adapter.targets {word.strip()!r} matches no site of the model; sites are {some}")
+        for site, mask in zip(candidates, found, strict=True):
+            hits[site.path] |= np.asarray(mask)
+    return hits
+
+
+def _lora(key, site, rank, scale, mask, dropout) -> LoRA:
+    *layers, inputs, outputs = site.params["kernel"].shape
+    if not 1 <= rank <= min(inputs, outputs):
+        raise ValueError(
+            f"adapter.rank is {rank}, expected 1 to {min(inputs, outputs)} at {site.names[0]} ({inputs} x {outputs})"
+        )
+    bound = inputs**-0.5
+    active = jnp.asarray(mask.reshape(*layers, 1), jnp.float32)
+    return LoRA(
+        a=jax.random.uniform(key, (*layers, inputs, rank), jnp.float32, -bound, bound) * active[..., None],
+        b=jnp.zeros((*layers, rank, outputs), jnp.float32),
+        scale=jnp.full((*layers, rank), scale, jnp.float32) * active,
+        dropout=dropout,
+    )
+
+
+def _dense(site: Site) -> PyTree:
+    zeros = {name: jnp.zeros(leaf.shape, jnp.float32) for name, leaf in site.params.items()}
+    if "kernel" in zeros:
+        return Full(zeros["kernel"], zeros.get("bias"))
+    if "embedding" in zeros:
+        return Table(zeros["embedding"])
+    return Affine(zeros["scale"], zeros.get("bias"))
+
+
+def _joined(left, right):
+    if isinstance(left, LoRA) and isinstance(right, LoRA):
+        return left.replace(
+            a=jnp.concatenate([left.a, right.a], -1),
+            b=jnp.concatenate([left.b, right.b], -2),
+            scale=jnp.concatenate([left.scale, right.scale], -1),
+        )
+    return trees.add(left, right)
+
+
+def _nest(flat: dict[tuple[str, ...], PyTree]) -> PyTree:
+    return traverse_util.unflatten_dict({(*path, "delta"): node for path, node in flat.items()})
+
+
+def _added(params, **updates):
+    return params | {name: params[name] + update for name, update in updates.items() if update is not None}
+
+
+def _along_last(vector, like):
+    return vector.astype(like.dtype).reshape((1,) * (like.ndim - 1) + (-1,))

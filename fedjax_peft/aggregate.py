@@ -1,0 +1,95 @@
+"""How a server turns what clients send into its next state."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedjax_peft import trees
+from fedjax_peft.types import Array, Cohort, PyTree
+
+WEIGHTINGS = ("examples", "uniform")
+
+
+class WeightedSum(NamedTuple):
+    """A weighted mean on its way: additive over clients."""
+
+    total: PyTree  # sum of weight x upload
+    weight: Array  # scalar float32
+
+
+def weighted_sum(uploads: PyTree, cohort: Cohort, weighting: str) -> WeightedSum:
+    """Sums uploads `[C, ..]` with the clients' examples or with 1 as weights; slots that did not report weigh nothing."""
+    weights = cohort.examples if weighting == "examples" else jnp.ones_like(cohort.examples)
+    weights = jnp.where(cohort.reported, weights, 0.0)
+    total = jax.tree.map(lambda leaf: jnp.tensordot(weights, leaf, axes=1), uploads)
+    return WeightedSum(total, jnp.sum(weights))
+
+
+def mean(sums: WeightedSum) -> PyTree:
+    """The weighted mean; not a number where nobody reported."""
+    return trees.scale(sums.total, 1.0 / sums.weight)
+
+
+def check_weighting(weighting: str) -> None:
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"algorithm.weighting is {weighting!r}, expected one of {', '.join(WEIGHTINGS)}")
+
+
+def server_optimizer(
+    name: str = "average",
+    *,
+    learning_rate: float | None = None,
+    momentum: float = 0.9,
+    second_momentum: float = 0.99,
+    adaptivity: float = 1e-3,
+) -> optax.GradientTransformation:
+    """Server optimizers of Reddi et al., Adaptive Federated Optimization, arXiv 2003.00295, Algorithm 2, as optax
+    transformations of the pseudo-gradient -Delta.
+
+    Args:
+      name: `average` (FedAvg), `momentum` (FedAvgM: m = b1 m + (1 - b1) Delta), `adagrad`, `adam` or `yogi`.
+      learning_rate: eta; by default 1 for `average` and `momentum`, 1e-3 for the adaptive ones.
+      momentum: b1. Adagrad has none.
+      second_momentum: b2.
+      adaptivity: tau; the second moment starts at tau^2.
+    """
+    rate = learning_rate if learning_rate is not None else {"average": 1.0, "momentum": 1.0}.get(name, 1e-3)
+    if name == "average":
+        return optax.sgd(rate)
+    if name == "momentum":
+        return optax.chain(optax.ema(momentum, debias=False), optax.sgd(rate))
+    if name not in _SECOND_MOMENTS:
+        names = ", ".join(["average", "momentum", *_SECOND_MOMENTS])
+        raise ValueError(f"algorithm.server_optimizer is {name!r}, expected one of {names}")
+    first = 0.0 if name == "adagrad" else momentum
+    return optax.chain(_adaptive(_SECOND_MOMENTS[name], first, second_momentum, adaptivity), optax.sgd(rate))
+
+
+_SECOND_MOMENTS = {
+    "adagrad": lambda v, square, decay: v + square,
+    "adam": lambda v, square, decay: decay * v + (1 - decay) * square,
+    "yogi": lambda v, square, decay: v - (1 - decay) * square * jnp.sign(v - square),
+}
+
+
+class _AdaptiveState(NamedTuple):
+    m: PyTree
+    v: PyTree
+
+
+def _adaptive(second_moment, momentum, second_momentum, adaptivity) -> optax.GradientTransformation:
+    # Neither optax.adam nor optax.yogi: the paper corrects no bias and starts v at tau^2.
+    def init(params):
+        start = jax.tree.map(lambda leaf: jnp.full_like(leaf, adaptivity**2), params)
+        return _AdaptiveState(trees.zeros_like(params), start)
+
+    def update(gradients, state, params=None):
+        del params
+        m = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state.m, gradients)
+        v = jax.tree.map(lambda v, g: second_moment(v, jnp.square(g), second_momentum), state.v, gradients)
+        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + adaptivity), m, v)
+        return updates, _AdaptiveState(m, v)
+
+    return optax.GradientTransformation(init, update)

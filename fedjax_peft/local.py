@@ -1,0 +1,96 @@
+"""Training on the batches of one client: a scan over steps in which padding changes nothing."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedjax_peft import trees
+from fedjax_peft.types import Array, Batches, Model, PyTree, Task
+
+Step = Callable[[PyTree, Batches, Array], tuple[PyTree, dict[str, Array]]]
+Loss = Callable[[PyTree, Batches, Array], tuple[Array, dict[str, Array]]]
+
+
+def scan(step: Step, carry: PyTree, batches: Batches, key: Array) -> tuple[PyTree, dict[str, Array]]:
+    """Runs `step` over the S batches of one client.
+
+    Args:
+      step: (carry, batch, key) -> (carry, metrics); the batch has no step axis and is cut to its width.
+      carry: what steps hand on.
+      batches: `[S, B, ..]`; a step without a single example leaves the carry as it is.
+      key: step s uses `fold_in(key, s)`.
+
+    Returns:
+      The last carry, and the mean of each metric over the steps that had examples (0 if there were none).
+    """
+
+    def body(carry, step_input):
+        index, batch = step_input
+        step_key = jax.random.fold_in(key, index)
+        branches = [_at_width(step, width, step_key) for width in batches.widths] or [
+            lambda carry, batch: step(carry, batch, step_key)
+        ]
+        if len(branches) == 1:
+            new, metrics = branches[0](carry, batch)
+        else:
+            # The index has no client axis, so it stays a branch under vmap and only one width is computed.
+            new, metrics = jax.lax.switch(batch.width, branches, carry, batch)
+        real = jnp.any(batch.weights > 0)
+        return trees.where(real, new, carry), (trees.where(real, metrics, trees.zeros_like(metrics)), real)
+
+    steps = jnp.arange(batches.weights.shape[0], dtype=jnp.int32)
+    carry, (metrics, real) = jax.lax.scan(body, carry, (steps, batches))
+    count = jnp.maximum(jnp.sum(real, dtype=jnp.float32), 1.0)
+    return carry, jax.tree.map(lambda values: jnp.sum(values, axis=0) / count, metrics)
+
+
+def objective(model: Model, task: Task, base: PyTree) -> Loss:
+    """The weighted mean loss over a batch as a function of the adapters: (adapters, batch, key) -> (loss, metrics)."""
+
+    def loss(adapters, batch, key):
+        losses = task.loss(model.apply(base, adapters, batch.inputs, key), batch.labels)
+        mean = jnp.sum(jnp.where(batch.weights > 0, losses * batch.weights, 0.0))
+        mean = mean / jnp.maximum(jnp.sum(batch.weights), 1.0)
+        return mean, {"loss": mean}
+
+    return loss
+
+
+def train(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    params: PyTree,
+    state: PyTree,
+    batches: Batches,
+    key: Array,
+    *,
+    rate: Array | float = 1.0,
+) -> tuple[PyTree, PyTree, dict[str, Array]]:
+    """Optimizer steps on `params` over the batches of one client.
+
+    Args:
+      loss: (params, batch, key) -> (loss, metrics).
+      optimizer: its updates are multiplied by `rate`, the value of a schedule over rounds.
+
+    Returns:
+      (params, optimizer state, mean metrics).
+    """
+
+    def step(carry, batch, key):
+        params, state = carry
+        (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(params, batch, key)
+        updates, state = optimizer.update(gradients, state, params)
+        return (optax.apply_updates(params, trees.scale(updates, rate)), state), metrics
+
+    (params, state), metrics = scan(step, (params, state), batches, key)
+    return params, state, metrics
+
+
+def _at_width(step, width, key):
+    def run(carry, batch):
+        inputs = {name: value[:, :width] for name, value in batch.inputs.items()}
+        return step(carry, batch.replace(inputs=inputs, widths=()), key)
+
+    return run

@@ -1,0 +1,214 @@
+"""One round of a whole federation as one jitted step: the only place, beside evaluation, that knows of a client axis.
+
+Clients of the cohort are sharded over the mesh axis `clients`; on each device they are worked on in chunks, the clients of a
+chunk side by side under `vmap`. Keys follow the client's id, padding is selected away, and uploads are folded chunk by chunk.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fedjax_peft import trees
+from fedjax_peft.types import Algorithm, Array, Batches, Cohort, PyTree
+
+# Streams of randomness that hang off the run's root key.
+SERVER, CLIENT, ROUND, PERSONALIZE = range(4)
+
+
+def make_mesh(clients: int | None = None, model: int = 1) -> Mesh:
+    """Mesh with axes `clients` and `model`; by default all devices go to clients.
+
+    Raises:
+      ValueError: if the devices do not divide.
+    """
+    devices = jax.devices()
+    if model < 1 or (clients is not None and clients < 1):
+        raise ValueError(f"run.mesh is clients={clients}, model={model}, expected positive numbers")
+    if clients is None:
+        if len(devices) % model:
+            raise ValueError(f"run.mesh.model is {model}, which does not divide the {len(devices)} devices")
+        clients = len(devices) // model
+    if clients * model > len(devices):
+        raise ValueError(f"run.mesh asks for {clients} x {model} devices, but there are {len(devices)}")
+    return jax.make_mesh(
+        (clients, model), ("clients", "model"), (AxisType.Auto,) * 2, devices=devices[: clients * model]
+    )
+
+
+def shard_base(base: PyTree, mesh: Mesh) -> PyTree:
+    """Puts the base on the mesh: replicated over `clients`, matrices split over `model` by their last axis if it divides."""
+
+    def place(leaf):
+        split = leaf.ndim >= 2 and leaf.shape[-1] % mesh.shape["model"] == 0
+        return jax.device_put(leaf, NamedSharding(mesh, P(*(None,) * (leaf.ndim - 1), "model") if split else P()))
+
+    return jax.tree.map(place, base)
+
+
+def slots_for(clients: int, mesh: Mesh, chunk: int) -> int:
+    """The number of slots C that holds `clients` clients in whole chunks on every device."""
+    unit = mesh.shape["clients"] * chunk
+    return -(-clients // unit) * unit
+
+
+def place(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Puts arrays `[C, ..]` on the mesh, split over `clients`."""
+    return jax.device_put(tree, NamedSharding(mesh, P("clients")))
+
+
+def place_batches(batches: Batches, mesh: Mesh) -> Batches:
+    """Puts the batches of a cohort on the mesh; `width` has no client axis and goes everywhere."""
+    placed = place(batches.replace(width=None), mesh)
+    return placed.replace(width=jax.device_put(batches.width, NamedSharding(mesh, P())))
+
+
+def make_init(algorithm: Algorithm, mesh: Mesh) -> Callable[[Array], PyTree]:
+    """(root key) -> server, replicated over the mesh."""
+
+    def init(root):
+        # Copies, because a server whose leaves alias one buffer cannot be donated.
+        return jax.tree.map(jnp.array, algorithm.init(jax.random.fold_in(root, SERVER)))
+
+    return jax.jit(init, out_shardings=NamedSharding(mesh, P()))
+
+
+def client_states(algorithm: Algorithm, server: PyTree) -> PyTree:
+    """Shapes of one client's state."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(algorithm.init_client, server, jax.ShapeDtypeStruct((), jnp.int32), key)
+
+
+def make_round(algorithm: Algorithm, mesh: Mesh, chunk: int) -> Callable:
+    """Builds the jitted round.
+
+    Args:
+      algorithm: the method.
+      mesh: with axes `clients` and `model`.
+      chunk: clients that a device works on at once; the cohort's slots must fill whole chunks (`slots_for`).
+
+    Returns:
+      (base, server, states, fresh, batches, cohort, round, root) -> (server, states, cohort, metrics). `states` `[C, ..]` are
+      the stored states of the slots and `fresh` `[C]` says which clients have none yet. Server and states are donated. In the
+      returned cohort `reported` is False also for clients whose loss, state or upload is not finite; their states
+      come back unchanged. Metrics: `clients` a dict of `[C]`, `finite` `[C]`, `server` a dict of scalars.
+    """
+
+    def one_client(base, server, state, fresh, client_id, batches, round_key, client_key):
+        started = algorithm.init_client(server, client_id, jax.random.fold_in(client_key, client_id))
+        state = trees.where(fresh, started, state)
+        key = jax.random.fold_in(round_key, client_id)
+        new, upload, metrics = algorithm.client_update(base, server, state, batches, key)
+        finite = trees.all_finite((new, upload)) & jnp.isfinite(metrics["loss"])
+        return new, upload, metrics, finite
+
+    def on_device(base, server, states, fresh, batches, cohort, round_key, client_key):
+        def run_chunk(slots):
+            states, fresh, batches, cohort = slots
+            axes = (None, None, 0, 0, 0, _except_width(batches, 0, None), None, None)
+            new, upload, metrics, finite = jax.vmap(one_client, in_axes=axes)(
+                base, server, states, fresh, cohort.ids, batches, round_key, client_key
+            )
+            active = cohort.reported
+            cohort = cohort.replace(reported=active & finite)
+            new = trees.where(cohort.reported, new, states)
+            upload = trees.where(cohort.reported, upload, trees.zeros_like(upload))
+            metrics = trees.where(active, metrics, trees.zeros_like(metrics))
+            return algorithm.fold(upload, cohort), (new, cohort, metrics, finite | ~active)
+
+        sums, slots = _by_chunks(run_chunk, (states, fresh, batches, cohort), chunk)
+        return jax.lax.psum(sums, "clients"), slots
+
+    def round_step(base, server, states, fresh, batches, cohort, index, root):
+        round_key = jax.random.fold_in(jax.random.fold_in(root, ROUND), index)
+        client_key = jax.random.fold_in(root, CLIENT)
+        sums, (states, cohort, metrics, finite) = _shard(
+            on_device, mesh, _specs(batches), (P(), _SPLIT)
+        )(base, server, states, fresh, batches, cohort, round_key, client_key)
+        new, server_metrics = algorithm.server_update(server, sums)
+        server = trees.where(jnp.any(cohort.reported), new, server)
+        return server, states, cohort, {"clients": metrics, "finite": finite, "server": server_metrics}
+
+    # Pinned, because the compiler would split the server over `model` and the next round would compile again.
+    everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, _SPLIT)
+    return jax.jit(round_step, donate_argnums=(1, 2), out_shardings=(everywhere, split, split, everywhere))
+
+
+def make_personalize(algorithm: Algorithm, mesh: Mesh, chunk: int) -> Callable:
+    """Builds the jitted personalization of a group of clients.
+
+    Returns:
+      (base, server, states, fresh, batches, ids [C], round, root) -> adapters `[C, ..]`.
+    """
+
+    def one_client(base, server, state, fresh, client_id, batches, round_key, client_key):
+        started = algorithm.init_client(server, client_id, jax.random.fold_in(client_key, client_id))
+        state = trees.where(fresh, started, state)
+        return algorithm.personalize(base, server, state, batches, jax.random.fold_in(round_key, client_id))
+
+    def on_device(base, server, states, fresh, batches, ids, round_key, client_key):
+        def run_chunk(slots):
+            states, fresh, batches, ids = slots
+            axes = (None, None, 0, 0, 0, _except_width(batches, 0, None), None, None)
+            return (), jax.vmap(one_client, in_axes=axes)(
+                base, server, states, fresh, ids, batches, round_key, client_key
+            )
+
+        return _by_chunks(run_chunk, (states, fresh, batches, ids), chunk)[1]
+
+    def personalize(base, server, states, fresh, batches, ids, index, root):
+        round_key = jax.random.fold_in(jax.random.fold_in(root, PERSONALIZE), index)
+        client_key = jax.random.fold_in(root, CLIENT)
+        return _shard(
+            on_device, mesh, _specs(batches), _SPLIT
+        )(base, server, states, fresh, batches, ids, round_key, client_key)
+
+    return jax.jit(personalize)
+
+
+def _specs(batches):
+    return (P(), P(), _SPLIT, _SPLIT, _except_width(batches, _SPLIT, P()), _SPLIT, P(), P())
+
+
+def _shard(function, mesh, in_specs, out_specs):
+    # Manual over clients only: the compiler goes on splitting the base's products over `model`.
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names={"clients"}, check_vma=False
+    )
+
+
+def _by_chunks(function, slots, chunk):
+    """Runs a function of `[chunk, ..]` slots -> (sums, `[chunk, ..]` results) over `[C, ..]` slots, one chunk after another."""
+    states, fresh, batches, last = slots
+    width = batches.width
+    count = fresh.shape[0] // chunk
+
+    def run(part):
+        states, fresh, batches, last = part
+        return function((states, fresh, batches.replace(width=width), last))
+
+    slots = (states, fresh, batches.replace(width=None), last)
+    if count == 1:
+        return run(slots)
+    parts = jax.tree.map(lambda leaf: leaf.reshape(count, chunk, *leaf.shape[1:]), slots)
+    zeros = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+        jax.eval_shape(run, jax.tree.map(lambda leaf: leaf[0], parts))[0],
+    )
+
+    def body(total, part):
+        sums, results = run(part)
+        return trees.add(total, sums), results
+
+    total, results = jax.lax.scan(body, zeros, parts)
+    return total, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), results)
+
+
+def _except_width(batches: Batches, value, width) -> Batches:
+    """A prefix of `batches` for axes and specs: everything but the widths has a client axis."""
+    return batches.replace(inputs=value, labels=value, weights=value, width=width)
+
+
+_SPLIT = P("clients")

@@ -1,0 +1,78 @@
+"""A model small enough that a whole federation compiles in a second: a bag of embeddings, two stacked layers, a head."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_peft.types import Batches, Cohort, Model
+
+VOCABULARY, WIDTH, LAYERS, CLASSES = 32, 12, 2, 3
+
+
+def model() -> Model:
+    def init(key):
+        word, body, head = jax.random.split(key, 3)
+        return {
+            "embeddings": {"word": {"embedding": jax.random.normal(word, (VOCABULARY, WIDTH))}},
+            "encoder": {
+                "layer": {
+                    "query": {
+                        "kernel": jax.random.normal(body, (LAYERS, WIDTH, WIDTH)) / WIDTH**0.5,
+                        "bias": jnp.zeros((LAYERS, WIDTH), jnp.float32),
+                    }
+                }
+            },
+            "classifier": {
+                "kernel": jax.random.normal(head, (WIDTH, CLASSES)) / WIDTH**0.5,
+                "bias": jnp.zeros((CLASSES,), jnp.float32),
+            },
+        }
+
+    def apply(base, adapters, inputs, key=None):
+        mask = inputs["mask"].astype(jnp.float32)[..., None]
+        x = base["embeddings"]["word"]["embedding"][inputs["tokens"]]
+        table = adapters.get("embeddings", {}).get("word", {}).get("delta")
+        x = x + table(inputs["tokens"]) if table is not None else x
+        x = jnp.sum(x * mask, 1) / jnp.maximum(jnp.sum(mask, 1), 1.0)
+        stacked = adapters.get("encoder", {}).get("layer", {}).get("query", {}).get("delta")
+        for layer in range(LAYERS):
+            own = jax.tree.map(lambda leaf: leaf[layer], base["encoder"]["layer"]["query"])
+            delta = jax.tree.map(lambda leaf: leaf[layer], stacked)
+            layer_key = None if key is None else jax.random.fold_in(key, layer)
+            x = jnp.tanh(_dense(own, delta, x, layer_key))
+        return _dense(base["classifier"], adapters.get("classifier", {}).get("delta"), x, key)
+
+    def taps(base, adapters, inputs):
+        raise NotImplementedError("the toy has no taps")
+
+    return Model(init, apply, taps)
+
+
+def _dense(own, delta, x, key):
+    y = x @ own["kernel"] + jnp.broadcast_to(own["bias"], (x.shape[0], own["bias"].shape[0]))
+    return y if delta is None else y + delta(x, key)
+
+
+def batches(seed: int, clients: int, steps: int = 3, size: int = 4, tokens: int = 6) -> Batches:
+    """Random texts whose label is planted in their first token; `[C, S, B, T]`."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, VOCABULARY, (clients, steps, size, tokens)).astype(np.int32)
+    lengths = rng.integers(1, tokens + 1, (clients, steps, size, 1))
+    labels = (ids[..., 0] % CLASSES).astype(np.int32)
+    ids = np.where(np.arange(tokens) == 0, ids, ids[..., :1])
+    return Batches(
+        inputs={"tokens": ids, "mask": np.arange(tokens) < lengths},
+        labels=labels,
+        weights=np.ones((clients, steps, size), np.float32),
+        width=np.full(steps, 1, np.int32),
+        widths=(tokens // 2, tokens),
+    )
+
+
+def cohort(ids, examples=None, reported=None) -> Cohort:
+    ids = np.asarray(ids, np.int32)
+    return Cohort(
+        ids=ids,
+        examples=np.asarray(examples if examples is not None else np.ones(len(ids)), np.float32),
+        reported=np.asarray(reported if reported is not None else np.ones(len(ids)), bool),
+    )
