@@ -7,6 +7,7 @@ target lists of published configurations carry over: `encoder.layer.3.attention.
 """
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -19,7 +20,6 @@ from fedjax_peft.types import Array, Model, PyTree
 
 STACKS = ("layer", "layers", "h")  # modules whose parameters carry a leading layer axis
 HEAD = r"(.*\.)?(classifier|qa_outputs|score)(\..*)?"
-FACTORS = ("a", "b", "scale")
 
 
 @struct.dataclass
@@ -148,7 +148,9 @@ def init(
     nodes = {site.path: _dense(site) for site in heads if head == "full"}
     for index, site in enumerate(body):
         if any(masks[site.path]):
-            nodes[site.path] = _lora(jax.random.fold_in(key, index), site, rank, scale, masks[site.path], dropout)
+            nodes[site.path] = _lora(
+                jax.random.fold_in(key, index), site, rank, scale, masks[site.path], dropout
+            )
     return _nest(nodes)
 
 
@@ -211,21 +213,16 @@ def mask_ranks(adapters: PyTree, masks: PyTree) -> PyTree:
     return jax.tree.map(masked, adapters, masks, is_leaf=lambda node: not isinstance(node, dict))
 
 
-def count(adapters: PyTree, kinds: tuple[str, ...] | None = None) -> int:
-    """Parameters that are trained or sent: ranks that a mask removes do not count.
+def count(adapters: PyTree, keep: Callable[[str], bool] = lambda leaf: leaf != "scale") -> int:
+    """Parameters that are trained or sent; ranks that a mask removes do not count.
 
-    `kinds` restricts the count to leaves with these names (`a`, `b`, `kernel` ..); scales are never counted by default.
+    `keep` says of a leaf's name (`a`, `b`, `scale`, `kernel` ..) whether it counts.
     """
     total = 0
     for node in nodes(adapters).values():
-        for path, leaf in jax.tree_util.tree_leaves_with_path(node):
-            name = trees.path_name(path)
-            if name not in kinds if kinds is not None else name == "scale":
-                continue
-            share = 1.0
-            if isinstance(node, LoRA) and node.scale is not None and name in ("a", "b"):
-                share = np.count_nonzero(node.scale) / node.scale.size
-            total += round(share * leaf.size)
+        share = np.count_nonzero(node.scale) / node.scale.size if isinstance(node, LoRA) else 1.0
+        leaves = jax.tree.leaves(trees.select(node, keep))
+        total += sum(round(share * leaf.size) for leaf in leaves)
     return total
 
 
@@ -254,7 +251,9 @@ def _match(targets: str, candidates: list[Site]) -> dict[tuple[str, ...], np.nda
             raise ValueError(f"adapter.targets {word!r} is no regular expression: {error}") from None
         if not any(map(any, found)):
             some = ", ".join(sorted({site.names[0] for site in candidates})[:12])
-            raise ValueError(f"adapter.targets {word.strip()!r} matches no site of the model; sites are {some}")
+            raise ValueError(
+                f"adapter.targets {word.strip()!r} matches no site of the model; sites are {some}"
+            )
         for site, mask in zip(candidates, found, strict=True):
             hits[site.path] |= np.asarray(mask)
     return hits

@@ -43,7 +43,9 @@ def shard_base(base: PyTree, mesh: Mesh) -> PyTree:
 
     def place(leaf):
         split = leaf.ndim >= 2 and leaf.shape[-1] % mesh.shape["model"] == 0
-        return jax.device_put(leaf, NamedSharding(mesh, P(*(None,) * (leaf.ndim - 1), "model") if split else P()))
+        return jax.device_put(
+            leaf, NamedSharding(mesh, P(*(None,) * (leaf.ndim - 1), "model") if split else P())
+        )
 
     return jax.tree.map(place, base)
 
@@ -124,9 +126,9 @@ def make_round(algorithm: Algorithm, mesh: Mesh, chunk: int) -> Callable:
     def round_step(base, server, states, fresh, batches, cohort, index, root):
         round_key = jax.random.fold_in(jax.random.fold_in(root, ROUND), index)
         client_key = jax.random.fold_in(root, CLIENT)
-        sums, (states, cohort, metrics, finite) = _shard(
-            on_device, mesh, _specs(batches), (P(), _SPLIT)
-        )(base, server, states, fresh, batches, cohort, round_key, client_key)
+        sums, (states, cohort, metrics, finite) = _shard(on_device, mesh, _specs(batches), (P(), _SPLIT))(
+            base, server, states, fresh, batches, cohort, round_key, client_key
+        )
         new, server_metrics = algorithm.server_update(server, sums)
         server = trees.where(jnp.any(cohort.reported), new, server)
         return server, states, cohort, {"clients": metrics, "finite": finite, "server": server_metrics}
@@ -161,9 +163,9 @@ def make_personalize(algorithm: Algorithm, mesh: Mesh, chunk: int) -> Callable:
     def personalize(base, server, states, fresh, batches, ids, index, root):
         round_key = jax.random.fold_in(jax.random.fold_in(root, PERSONALIZE), index)
         client_key = jax.random.fold_in(root, CLIENT)
-        return _shard(
-            on_device, mesh, _specs(batches), _SPLIT
-        )(base, server, states, fresh, batches, ids, round_key, client_key)
+        return _shard(on_device, mesh, _specs(batches), _SPLIT)(
+            base, server, states, fresh, batches, ids, round_key, client_key
+        )
 
     return jax.jit(personalize)
 

@@ -13,6 +13,9 @@ def classification() -> Task:
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
     def metrics(logits, labels):
-        return {"loss": loss(logits, labels), "accuracy": (jnp.argmax(logits, -1) == labels).astype(jnp.float32)}
+        return {
+            "loss": loss(logits, labels),
+            "accuracy": (jnp.argmax(logits, -1) == labels).astype(jnp.float32),
+        }
 
     return Task(loss, metrics)

@@ -78,5 +78,7 @@ class Algorithm(NamedTuple):
     """(server, sums) -> (server, metrics). A round in which nobody reported keeps the server as it was."""
     personalize: Callable[..., PyTree]
     """(base, server, client, batches, key) -> adapters that the client is evaluated with. Zero steps are legal."""
+    traffic: Callable[[PyTree], tuple[int, int]]
+    """(server) -> parameters that one client receives and sends in a round, on the host."""
     host_step: Callable[[PyTree], PyTree] | None = None
     """(server) -> server, on the host between rounds."""

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from fedjax_peft import adapters as adapters_lib
 from fedjax_peft import aggregate, local, trees
 from fedjax_peft.types import Algorithm, Array, Model, PyTree, Task
 
@@ -102,9 +103,7 @@ def fedavg(
 
     def client_update(base, server, client, batches, key):
         adapters, client, metrics = train(base, server, client, batches, key)
-        upload = trees.subtract(
-            trees.select(adapters, is_shared), trees.select(server.adapters, is_shared)
-        )
+        upload = trees.subtract(trees.select(adapters, is_shared), trees.select(server.adapters, is_shared))
         return client, upload, metrics | {"update_norm": jnp.sqrt(trees.squared_norm(upload))}
 
     def fold(uploads, cohort):
@@ -123,7 +122,11 @@ def fedavg(
     def personalize(base, server, client, batches, key):
         return train(base, server, client, batches, key)[0]
 
-    return Algorithm(init, init_client, client_update, fold, server_update, personalize)
+    def traffic(server):
+        shared = adapters_lib.count(server.adapters, is_shared)
+        return shared, shared
+
+    return Algorithm(init, init_client, client_update, fold, server_update, personalize, traffic)
 
 
 def fedit(model, task, init_adapters, optimizer, **settings) -> Algorithm:
@@ -146,9 +149,7 @@ def ffa_lora(model, task, init_adapters, optimizer, **settings) -> Algorithm:
     )
 
 
-def fedsa_lora(
-    model, task, init_adapters, optimizer, *, private_head: bool = True, **settings
-) -> Algorithm:
+def fedsa_lora(model, task, init_adapters, optimizer, *, private_head: bool = True, **settings) -> Algorithm:
     """FedSA-LoRA: only A is shared; B stays with the client, and so does the head, as in the reference configuration."""
 
     def private(leaf):

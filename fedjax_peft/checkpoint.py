@@ -1,0 +1,52 @@
+"""Everything a run needs to go on, written atomically by Orbax.
+
+A checkpoint is one step of an Orbax manager; a step that was not finished is never listed, and a step that cannot be read is
+passed over with a warning.
+"""
+
+import logging
+from typing import Any, NamedTuple
+
+import orbax.checkpoint as ocp
+from etils import epath
+
+from fedjax_peft.types import PyTree
+
+logger = logging.getLogger(__name__)
+
+
+class Restored(NamedTuple):
+    round: int  # rounds that were finished
+    state: PyTree
+
+
+def manager(workdir: str, keep: int = 2) -> Any:
+    """The Orbax manager of a run directory; keeps the newest `keep` checkpoints."""
+    folder = epath.Path(workdir).resolve() / "checkpoints"
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, create=True, enable_async_checkpointing=False, cleanup_tmp_directories=True
+    )
+    return ocp.CheckpointManager(folder, options=options)
+
+
+def save(checkpoints: Any, round_index: int, state: PyTree) -> None:
+    """Writes the state after `round_index` rounds. `state` is a pytree of arrays on the host or the device."""
+    checkpoints.save(round_index, args=ocp.args.StandardSave(state), force=True)
+
+
+def restore(checkpoints: Any, target: PyTree) -> Restored | None:
+    """The newest checkpoint that can be read, or None if there is none.
+
+    Args:
+      target: a pytree like the one saved, of arrays or of shapes with shardings: it may lie on other devices than the saved one.
+    """
+    for step in sorted(checkpoints.all_steps(), reverse=True):
+        try:
+            return Restored(step, checkpoints.restore(step, args=ocp.args.StandardRestore(target)))
+        except Exception as error:  # Orbax raises whatever its storage driver raised on broken bytes.
+            reason = str(error).splitlines()[0][:200]
+            logger.warning(
+                "checkpoint of round %d cannot be read (%s); going back to the one before", step, reason
+            )
+            checkpoints.delete(step)
+    return None
