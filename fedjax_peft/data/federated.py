@@ -1,0 +1,227 @@
+"""One flat store for the examples of any number of clients, and who takes part in a round.
+
+    N clients   M examples   V token ids
+
+Nothing here has state: cohorts and dropouts are pure functions of the seed, the round and the client's id.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# Streams of random numbers. A new one is appended; a number is never used again.
+SHUFFLE, ORDER, SAMPLE, DROP = range(4)
+
+
+class Encoded(NamedTuple):
+    """Ragged token sequences, one after the other."""
+
+    tokens: np.ndarray  # [total] int32
+    types: np.ndarray | None  # [total] int8: 0 in the first text, 1 in the second; None for single texts
+    offsets: np.ndarray  # [M + 1] int64: example m is tokens[offsets[m] : offsets[m + 1]]
+
+
+class Store(NamedTuple):
+    """Tokenized examples, those of one client next to each other."""
+
+    tokens: np.ndarray  # [total] int32
+    types: np.ndarray | None  # [total] int8
+    token_offsets: np.ndarray  # [M + 1] int64: as in `Encoded`
+    labels: Any  # [M] int32, or a dict of arrays [M, ..]
+    client_offsets: np.ndarray  # [N + 1] int64: client n holds client_offsets[n] : client_offsets[n + 1]
+
+
+def build(
+    encoded: Encoded,
+    labels: Any,
+    clients: Sequence[np.ndarray],
+    *,
+    classes: int | None = None,
+    allow_empty: bool = False,
+) -> Store:
+    """Groups encoded examples by client.
+
+    Args:
+      encoded: token sequences of M examples.
+      labels: [M] integers, or a dict of arrays [M, ..] for tasks with richer targets.
+      clients: indices of each client's examples. An example may be left out, or be held by several clients.
+      classes: number of classes, to check labels against. None does not check.
+      allow_empty: accepts clients without examples (a test split may leave a small client none).
+
+    Raises:
+      ValueError: an empty client, an example without tokens, or a label out of range.
+    """
+    held = np.array([len(client) for client in clients], np.int64)
+    if not allow_empty and (held == 0).any():
+        raise ValueError(f"client {np.argmin(held)} of {len(held)} has no examples; every client needs one")
+    if classes is not None:
+        _check_labels(labels, classes)
+    rows = np.concatenate([np.zeros(0, np.int64), *clients]).astype(np.int64)
+    counts = np.diff(encoded.offsets)[rows]
+    if (counts == 0).any():
+        raise ValueError(f"example {rows[np.argmin(counts)]} has no tokens; drop empty texts before encoding")
+    offsets = _offsets(counts)
+    where = np.arange(offsets[-1]) + np.repeat(encoded.offsets[rows] - offsets[:-1], counts)
+    return Store(
+        tokens=encoded.tokens[where].astype(np.int32),
+        types=None if encoded.types is None else encoded.types[where].astype(np.int8),
+        token_offsets=offsets,
+        labels=map_labels(lambda x: _narrow(x[rows]), labels),
+        client_offsets=_offsets(held),
+    )
+
+
+def sizes(store: Store) -> np.ndarray:
+    """[N] int64: how many examples each client holds."""
+    return np.diff(store.client_offsets)
+
+
+def lengths(store: Store) -> np.ndarray:
+    """[M] int64: tokens of each example, special tokens included."""
+    return np.diff(store.token_offsets)
+
+
+def rows(store: Store, client: int) -> np.ndarray:
+    """[n] int64: the examples of one client, as positions in the store."""
+    return np.arange(store.client_offsets[client], store.client_offsets[client + 1])
+
+
+def pooled(store: Store) -> Store:
+    """All examples as those of one client: the data of centralized training."""
+    return store._replace(client_offsets=store.client_offsets[[0, -1]])
+
+
+def subset(store: Store, ids: np.ndarray) -> Store:
+    """The clients `ids` alone, renumbered 0, 1, .. as given. Their random streams follow the new numbers."""
+    clients = [rows(store, i) for i in known(store, ids, padding=False)]
+    encoded = Encoded(store.tokens, store.types, store.token_offsets)
+    return build(encoded, store.labels, clients, allow_empty=True)
+
+
+def digest(store: Store) -> str:
+    """SHA-256 of everything in the store, in hexadecimal; the same on every machine."""
+    labels = store.labels if isinstance(store.labels, dict) else {"": store.labels}
+    parts = {f"labels/{name}": x for name, x in labels.items()}
+    parts |= {name: x for name, x in store._asdict().items() if name != "labels" and x is not None}
+    sha = hashlib.sha256()
+    for name, x in sorted(parts.items()):
+        x = x.astype(x.dtype.newbyteorder("<"))
+        sha.update(f"{name} {x.dtype.str} {x.shape};".encode() + x.tobytes())
+    return sha.hexdigest()
+
+
+def vocabulary(stores: Store | Sequence[Store], special_ids: Sequence[int]) -> np.ndarray:
+    """[V] int32, ascending: the ids that occur in the stores or are special. Other embedding rows can go."""
+    used = [np.unique(store.tokens) for store in _several(stores)]
+    return np.unique(np.concatenate([*used, np.asarray(special_ids, np.int32)])).astype(np.int32)
+
+
+def remap(store: Store, kept: np.ndarray) -> Store:
+    """The store with each token id replaced by its position in `kept` (from `vocabulary`).
+
+    Raises:
+      ValueError: a token that is not in `kept`.
+    """
+    position = np.minimum(np.searchsorted(kept, store.tokens), len(kept) - 1)
+    lost = kept[position] != store.tokens
+    if lost.any():
+        raise ValueError(f"token {store.tokens[np.argmax(lost)]} is not among the {len(kept)} tokens kept")
+    return store._replace(tokens=position.astype(np.int32))
+
+
+def widths_for(stores: Store | Sequence[Store], max_length: int, multiple: int = 8, count: int = 3) -> tuple[int, ...]:
+    """Token widths, ascending, that batches are cut to: at most `count`; the last one holds every example.
+
+    They make the sum over examples of the smallest width that holds them least. All are multiples of
+    `multiple` tokens, but never above `max_length`.
+
+    Raises:
+      ValueError: an example with more than `max_length` tokens.
+    """
+    tokens = np.sort(np.concatenate([lengths(store) for store in _several(stores)]))
+    if tokens[-1] > max_length:
+        raise ValueError(f"an example has {tokens[-1]} tokens; encode with {max_length=} to cut it")
+    grid = np.minimum(np.arange(1, -(-tokens[-1] // multiple) + 1) * multiple, max_length)
+    below = np.searchsorted(tokens, grid, side="right")
+    # cost[j]: least total over the examples up to grid[j], where grid[j] is the last width so far.
+    cost, chosen = grid * below, [(int(width),) for width in grid]
+    later = np.triu(np.ones((len(grid), len(grid)), bool), 1)
+    for _ in range(count - 1):
+        step = cost[:, None] + grid * (below - below[:, None])
+        step = np.where(later, step, np.iinfo(np.int64).max)
+        last, best = step.argmin(0), step.min(0)
+        chosen = [chosen[last[j]] + (int(grid[j]),) if best[j] < cost[j] else chosen[j] for j in range(len(grid))]
+        cost = np.minimum(best, cost)
+    return chosen[-1]
+
+
+def sample(seed: int, round: int, clients: int | np.ndarray, size: int) -> np.ndarray:
+    """[size] int32, ascending: the cohort of a round, drawn without replacement; pure in (seed, round).
+
+    Args:
+      seed: seed of the run.
+      round: number of the round.
+      clients: the pool, as a number of clients or as an array of ids.
+      size: cohort size.
+
+    Raises:
+      ValueError: a cohort larger than the pool.
+    """
+    pool = np.arange(clients) if np.ndim(clients) == 0 else np.asarray(clients)
+    if size > len(pool):
+        raise ValueError(f"a cohort of {size} clients cannot be drawn from a pool of {len(pool)}")
+    return np.sort(rng(seed, SAMPLE, round).choice(pool, size, replace=False)).astype(np.int32)
+
+
+def dropped(seed: int, round: int, ids: np.ndarray, rate: float) -> np.ndarray:
+    """[C] bool: clients that fail to report, each with probability `rate`; pure in (seed, round, id)."""
+    if not 0 <= rate <= 1:
+        raise ValueError(f"dropout rate {rate} is not a probability in [0, 1]")
+    return np.array([rng(seed, DROP, round, int(i)).random() < rate for i in ids], bool)
+
+
+def rng(seed: int, stream: int, *identity: int) -> np.random.Generator:
+    """Random numbers of a stream, named by up to two non-negative integers.
+
+    Philox is counter-based: with the identity in the high words of the counter, no two generators overlap.
+    """
+    first, second = (*identity, 0, 0)[:2]
+    return np.random.Generator(np.random.Philox(key=[seed, 0], counter=[0, first, second, stream]))
+
+
+def known(store: Store, ids: np.ndarray, *, padding: bool) -> np.ndarray:
+    """`ids` as an array. ValueError for one that is not in the store; N is legal where `padding` is."""
+    ids, clients = np.asarray(ids, np.int64).reshape(-1), len(sizes(store))
+    wrong = (ids < 0) | (ids >= clients + padding)
+    if wrong.any():
+        raise ValueError(f"client id {ids[np.argmax(wrong)]} is not one of the store's {clients} clients")
+    return ids
+
+
+def map_labels(function: Callable[[np.ndarray], np.ndarray], labels: Any) -> Any:
+    """Applies `function` to the label array, or to each array of a dict of them."""
+    if isinstance(labels, dict):
+        return {name: function(np.asarray(x)) for name, x in labels.items()}
+    return function(np.asarray(labels))
+
+
+def _check_labels(labels: np.ndarray, classes: int) -> None:
+    wrong = (labels < 0) | (labels >= classes)
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise ValueError(f"label {labels[row]} of example {row} is not in [0, {classes})")
+
+
+def _offsets(counts: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+
+
+def _narrow(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.int32) if np.issubdtype(x.dtype, np.integer) else x
+
+
+def _several(stores: Store | Sequence[Store]) -> Sequence[Store]:
+    # A Store is itself a tuple, so only its type tells one from several.
+    return [stores] if isinstance(stores, Store) else stores
