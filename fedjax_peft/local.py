@@ -88,6 +88,63 @@ def train(
     return params, state, metrics
 
 
+def make_optimizer(
+    name: str = "adamw",
+    *,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    clip: float | None = None,
+    momentum: float = 0.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+) -> optax.GradientTransformation:
+    """A client's optimizer with nothing implicit.
+
+    Args:
+      name: `adamw` or `sgd`.
+      learning_rate: in front of the whole update.
+      weight_decay: decoupled, multiplied by the learning rate.
+      clip: largest global norm of the gradient over all that the client trains; None does not clip.
+      momentum: of `sgd`.
+      b1, b2, eps: of `adamw`.
+    """
+    if not learning_rate > 0:
+        raise ValueError(f"optimizer.learning_rate is {learning_rate}, expected a positive number")
+    if name == "adamw":
+        direction = optax.scale_by_adam(b1, b2, eps)
+    elif name == "sgd":
+        direction = optax.trace(momentum) if momentum else optax.identity()
+    else:
+        raise ValueError(f"optimizer.name is {name!r}, expected 'adamw' or 'sgd'")
+    clipping = optax.identity() if clip is None else optax.clip_by_global_norm(clip)
+    decay = optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity()
+    return optax.chain(clipping, direction, decay, optax.scale(-learning_rate))
+
+
+def make_schedule(name: str = "constant", *, rounds: int, warmup: int = 0, end: float = 0.0) -> optax.Schedule:
+    """Factor on the client's learning rate as a function of the round.
+
+    Args:
+      name: `constant`, `linear` or `cosine` decay from 1 to `end` over the rounds after the warm-up.
+      warmup: rounds over which the factor first rises linearly from 1 / warmup to 1.
+    """
+    steps = max(rounds - warmup, 1)
+    shapes = {
+        "constant": optax.constant_schedule(1.0),
+        "linear": optax.linear_schedule(1.0, end, steps),
+        "cosine": optax.cosine_decay_schedule(1.0, steps, end),
+    }
+    if name not in shapes:
+        raise ValueError(f"schedule.name is {name!r}, expected one of {', '.join(shapes)}")
+    if not 0 <= warmup < max(rounds, 1):
+        raise ValueError(f"schedule.warmup is {warmup} rounds, expected 0 to {rounds - 1}")
+    if not warmup:
+        return shapes[name]
+    rise = optax.linear_schedule(1.0 / warmup, 1.0, max(warmup - 1, 1))
+    return optax.join_schedules([rise, shapes[name]], [warmup])
+
+
 def _at_width(step, width, key):
     def run(carry, batch):
         inputs = {name: value[:, :width] for name, value in batch.inputs.items()}

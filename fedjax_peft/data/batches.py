@@ -86,7 +86,7 @@ def cohort(
     shape = (len(ids), count, batch)
     inputs, labels, weights = _gather(store, rows.reshape(shape), widths[-1], pad)
     width = width.reshape(shape).max(axis=(0, 2), initial=0).astype(np.int32)
-    return Batches(inputs=inputs, labels=labels, weights=weights, width=width)
+    return Batches(inputs=inputs, labels=labels, weights=weights, width=width, widths=tuple(widths))
 
 
 def items(

@@ -1,0 +1,75 @@
+"""How many clients a device should work on at once, found by trying."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from fedjax_peft import metrics
+
+logger = logging.getLogger(__name__)
+
+
+def candidates(clients_per_device: int) -> list[int]:
+    """Powers of two up to the first that holds all clients of a device."""
+    sizes = [1]
+    while sizes[-1] < clients_per_device:
+        sizes.append(2 * sizes[-1])
+    return sizes
+
+
+def choose(
+    workdir: epath.PathLike, sizes: Sequence[int], prepare: Callable[[int], tuple[Any, Callable[[], tuple]]]
+) -> int:
+    """The chunk with the fastest round among those that fit, measured once per run directory.
+
+    A chunk can change results by rounding, so the choice is written to chunk.json and a resumed run uses it again.
+
+    Args:
+      workdir: run directory.
+      sizes: chunks to try, ascending; stops at the first that does not fit or is clearly slower than the best.
+      prepare: chunk -> (jitted round, function that makes its arguments; they are donated, so each call needs new ones).
+    """
+    path = epath.Path(workdir) / "chunk.json"
+    known = metrics.read_json(path)
+    if known is not None:
+        return known["chunk"]
+    seconds: dict[int, float] = {}
+    for size in sizes:
+        step, arguments = prepare(size)
+        compiled = step.lower(*arguments()).compile()
+        needed, free = _bytes(compiled.memory_analysis()), _free_bytes()
+        if needed > free:
+            logger.info("chunk %d needs %.1f GB of %.1f GB: too much", size, needed / 1e9, free / 1e9)
+            break
+        seconds[size] = min(_seconds(compiled, arguments()) for _ in range(2))
+        logger.info("chunk %d: %.2f s a round, %.1f GB", size, seconds[size], needed / 1e9)
+        if seconds[size] > 1.2 * min(seconds.values()):
+            break
+    if not seconds:
+        raise ValueError(f"not even {sizes[0]} client at a time fits into memory; use a smaller batch or width")
+    best = min(seconds, key=seconds.get)
+    metrics.write_json(path, {"chunk": best, "seconds": {str(size): value for size, value in seconds.items()}})
+    return best
+
+
+def _seconds(compiled: Any, arguments: tuple) -> float:
+    jax.block_until_ready(arguments)
+    start = time.perf_counter()
+    jax.block_until_ready(compiled(*arguments))
+    return time.perf_counter() - start
+
+
+def _bytes(analysis: Any) -> int:
+    return analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+
+
+def _free_bytes() -> int:
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,62 @@
+"""What a person sees while a run goes on and when it ends."""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import rich.console
+import rich.progress
+import rich.table
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def progress(total: int, start: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Shows rounds as they finish: a bar on a terminal, a log line a round elsewhere.
+
+    Args:
+      total: rounds of the run.
+      start: rounds done by an earlier process.
+
+    Yields:
+      (line of rounds.jsonl) -> None.
+    """
+    if not sys.stderr.isatty():
+
+        def log(line):
+            logger.info(
+                "round %d/%d  loss %.4f  %.0f tokens/s  %.1f s",
+                line["round"] + 1, total, line["loss"], line["tokens_per_second"], line["seconds"],
+            )  # fmt: skip
+
+        yield log
+        return
+    columns = (
+        rich.progress.TextColumn("round"),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.BarColumn(),
+        rich.progress.TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:,.0f} tokens/s"),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TextColumn("left"),
+        rich.progress.TimeRemainingColumn(),
+    )
+    with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True)) as bar:
+        task = bar.add_task("rounds", total=total, completed=start, loss=float("nan"), speed=0.0)
+
+        def update(line):
+            bar.update(task, completed=line["round"] + 1, loss=line["loss"], speed=line["tokens_per_second"])
+
+        yield update
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Prints a table on standard output; numbers to the right, fractions with three digits."""
+    shown = rich.table.Table(title=title, title_justify="left")
+    for column, example in zip(columns, rows[0], strict=True):
+        shown.add_column(column, justify="left" if isinstance(example, str) else "right")
+    for row in rows:
+        shown.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row))
+    rich.console.Console(width=None if sys.stdout.isatty() else 120).print(shown)

@@ -1,0 +1,138 @@
+"""Judges any algorithm from the adapters that it personalizes: the same code for all, so that comparisons cannot drift."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from fedjax_peft import population as populations
+from fedjax_peft import rounds
+from fedjax_peft.types import Algorithm, Array, Batches, Model, PyTree, Task
+
+
+class Scores(NamedTuple):
+    """How each client of a group did."""
+
+    ids: np.ndarray  # [n] int32
+    examples: np.ndarray  # [n] test examples
+    metrics: dict[str, np.ndarray]  # {name: [n]} means over the client's test examples
+
+
+def make_evaluate(
+    algorithm: Algorithm,
+    model: Model,
+    task: Task,
+    mesh: Mesh,
+    *,
+    chunk: int,
+    support: Callable[[np.ndarray], Batches],
+    items: Callable[[np.ndarray], Iterable[Any]],
+) -> Callable[..., Scores]:
+    """Builds the evaluation of a list of clients.
+
+    Args:
+      chunk: clients that a device personalizes at once.
+      support: (ids `[C]`, padded with N) -> the batches that clients personalize on; no steps evaluates what they have.
+      items: ids `[C]` -> packs of test batches: `inputs`, `labels`, `weights` `[I, B, ..]` and `slots` `[I]`, the position in
+        ids whose client each batch belongs to.
+
+    Returns:
+      (base, server, population, ids, round, root) -> Scores. Every client's test examples count once.
+    """
+    personalize = rounds.make_personalize(algorithm, mesh, chunk)
+    score = make_score(model, task)
+    group = rounds.slots_for(1, mesh, chunk)
+
+    def evaluate(base, server, population, ids, round_index, root):
+        clients = len(population.known)
+        parts = []
+        for start in range(0, len(ids), group):
+            own = ids[start : start + group]
+            slots = np.concatenate([own, np.full(group - len(own), clients)]).astype(np.int32)
+            states, fresh = populations.gather(population, slots)
+            adapters = personalize(
+                base,
+                server,
+                *rounds.place((states, fresh), mesh),
+                rounds.place_batches(support(slots), mesh),
+                rounds.place(slots, mesh),
+                round_index,
+                root,
+            )
+            parts.append(_score_group(score, base, adapters, items(slots), len(slots), len(own)))
+        joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+        examples, sums = joined
+        return Scores(np.asarray(ids, np.int32), examples, _means(sums, examples))
+
+    return evaluate
+
+
+def make_score(model: Model, task: Task) -> Callable[..., tuple[Array, dict[str, Array]]]:
+    """Builds (base, adapters `[C, ..]`, item) -> (examples `[C]`, sums of metrics `[C]`) of one pack of test batches."""
+
+    def one_batch(base, adapters, slot, inputs, labels):
+        own = jax.tree.map(lambda leaf: leaf[slot], adapters)
+        return task.metrics(model.apply(base, own, inputs), labels)
+
+    @jax.jit
+    def score(base, adapters, inputs, labels, weights, slots):
+        values = jax.vmap(one_batch, in_axes=(None, None, 0, 0, 0))(base, adapters, slots, inputs, labels)
+        clients = jax.tree.leaves(adapters)[0].shape[0]
+
+        def by_client(values):
+            total = jnp.sum(jnp.where(weights > 0, values * weights, 0.0), axis=1)
+            return jax.ops.segment_sum(total, slots, clients)
+
+        return by_client(jnp.ones_like(weights)), jax.tree.map(by_client, values)
+
+    return score
+
+
+def summarize(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> dict[str, Any]:
+    """Statistics over clients of one pool at one point.
+
+    Args:
+      rows: one mapping a client, with `examples`, `group` and the metrics.
+      metrics: names to summarize.
+
+    Returns:
+      For each metric the mean over clients, their standard deviation, the mean of the worst tenth (highest for losses), the
+      pooled mean over examples, and the pooled mean of each group; beside them the numbers of clients and examples.
+    """
+    rows = [row for row in rows if row["examples"]]
+    examples = np.array([row["examples"] for row in rows], np.float64)
+    groups = sorted({row["group"] for row in rows})
+    summary: dict[str, Any] = {"clients": len(rows), "examples": int(examples.sum())}
+    for name in metrics:
+        values = np.array([row[name] for row in rows], np.float64)
+        worst_first = np.sort(values)[:: -1 if name == "loss" else 1]
+        summary[name] = {
+            "mean": float(values.mean()),
+            "std": float(values.std()),
+            "worst_10_percent": float(worst_first[: -(-len(values) // 10)].mean()),
+            "pooled": float(np.average(values, weights=examples)),
+            "groups": {
+                group: float(np.average(values[members], weights=examples[members]))
+                for group in groups
+                for members in [[row["group"] == group for row in rows]]
+            },
+        }
+    return summary
+
+
+def _score_group(score, base, adapters, items, slots, real) -> tuple[np.ndarray, PyTree]:
+    total = None
+    for item in items:
+        sums = score(base, adapters, item.inputs, item.labels, item.weights, item.slots)
+        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+    if total is None:
+        raise ValueError(f"none of the {real} clients to evaluate has a test example")
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64)[:real], total)
+
+
+def _means(sums, examples):
+    counted = np.maximum(examples, 1)
+    return {name: np.where(examples > 0, values / counted, np.nan) for name, values in sums.items()}

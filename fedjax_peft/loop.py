@@ -1,0 +1,301 @@
+"""The rounds of a run, one after the other: sample, train, record, evaluate, checkpoint, and go on after a kill."""
+
+import contextlib
+import logging
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from fedjax_peft import checkpoint, chunking, console, evaluate, metrics, population, rounds
+from fedjax_peft.types import Algorithm, Batches, Cohort, Model, PyTree, Task
+
+logger = logging.getLogger(__name__)
+
+
+class Problem(NamedTuple):
+    """What is trained, where."""
+
+    mesh: Mesh
+    algorithm: Algorithm
+    model: Model
+    task: Task
+    base: PyTree  # on the mesh
+
+
+class Clients(NamedTuple):
+    """Who takes part, and with which data. All functions are pure; ids are padded with N."""
+
+    names: tuple[str, ...]  # [N]
+    groups: tuple[str, ...]  # [N] language or task
+    examples: np.ndarray  # [N] training examples
+    pools: dict[str, np.ndarray]  # ids of the clients of each pool; rounds sample from `seen`
+    sample: Callable[[int], np.ndarray]  # round -> ids of the cohort
+    dropped: Callable[[int, np.ndarray], np.ndarray]  # (round, ids) -> [C] bool
+    training: Callable[[int, np.ndarray], Batches]  # (round, ids) -> batches
+    support: Callable[[np.ndarray], Batches]  # ids -> batches to personalize on
+    nothing: Callable[[np.ndarray], Batches]  # ids -> batches of no steps
+    tests: Callable[[np.ndarray], Iterable[Any]]  # ids -> packs of test batches
+    tokens: Callable[[Batches], tuple[int, int]]  # batches -> (tokens of examples, tokens computed)
+
+
+class Interrupted(Exception):
+    """The process was asked to stop; everything is checkpointed."""
+
+
+class _Pending(NamedTuple):
+    """A round that is on the device."""
+
+    record: dict[str, Any]
+    cohort: Cohort
+    metrics: PyTree
+
+
+def run(
+    problem: Problem,
+    clients: Clients,
+    workdir: epath.PathLike,
+    *,
+    seed: int,
+    total: int,
+    chunk: int | None,
+    evaluate_every: int,
+    checkpoint_every: int,
+    keep_checkpoints: int,
+) -> dict[str, Any]:
+    """Runs the rounds that a run directory still lacks.
+
+    Args:
+      seed: of everything random that happens on the device.
+      total: rounds of the whole run.
+      chunk: clients that a device works on at once; None measures a few and takes the fastest.
+      evaluate_every, checkpoint_every: rounds between two of them; the last round has both.
+      keep_checkpoints: how many of the newest checkpoints stay.
+
+    Returns:
+      The content of summary.json.
+
+    Raises:
+      ValueError: all clients of a round came to numbers that are not finite.
+      Interrupted: after SIGTERM or SIGINT.
+    """
+    workdir = epath.Path(workdir)
+    mesh, algorithm, _, _, base = problem
+    root = jax.random.key(seed)
+    server = rounds.make_init(algorithm, mesh)(root)
+    people = population.create(rounds.client_states(algorithm, server), len(clients.names))
+    down, up = algorithm.traffic(server)
+    checkpoints = checkpoint.manager(workdir, keep_checkpoints)
+    start, server, people = _restore(checkpoints, server, people)
+    metrics.rewind(workdir / "rounds.jsonl", start)
+    chunk = chunk or _fastest_chunk(problem, clients, workdir, server, people, root)
+    step = rounds.make_round(algorithm, mesh, chunk)
+    judge = _make_judge(problem, clients, chunk, workdir, root)
+    slots = rounds.slots_for(len(clients.sample(0)), mesh, chunk)
+
+    pending, finished = None, time.monotonic()
+    with _stop_signals() as stop, console.progress(total, start) as show:
+
+        def record(pending):
+            # One round late, so that the device is never idle while the host writes.
+            nonlocal finished
+            if pending is not None:
+                line = _line(pending, clients, finished)
+                finished = time.monotonic()
+                metrics.append_line(workdir / "rounds.jsonl", line)
+                show(line)
+
+        for index in range(start, total):
+            if index % evaluate_every == 0:
+                record(pending)
+                pending = None
+                judge(server, people, index, {"global": clients.nothing})
+                finished = time.monotonic()
+            ids, arguments, (real, computed) = _inputs(clients, people, mesh, index, slots)
+            server, states, cohort, outcome = step(base, server, *arguments, index, root)
+            record(pending)
+            parameters = {"bytes_down": 4 * down, "bytes_up": 4 * up}
+            pending = _Pending({"round": index, "tokens": real, "tokens_computed": computed} | parameters, cohort, outcome)
+            if jax.tree.leaves(states):
+                population.scatter(people, ids, states, np.asarray(cohort.reported))
+            if (index + 1) % checkpoint_every == 0 or index + 1 == total or stop:
+                record(pending)
+                pending = None
+                checkpoint.save(checkpoints, index + 1, _state(server, people))
+                finished = time.monotonic()
+            if stop and index + 1 < total:
+                raise Interrupted(f"stopped by {stop[0]} after round {index + 1} of {total}; the same command goes on from here")
+
+        judge(server, people, total, {"global": clients.nothing, "personal": clients.support})
+    summary = _summary(metrics.read_rows(workdir / "clients.parquet"))
+    metrics.write_json(workdir / "summary.json", summary)
+    return summary
+
+
+def _state(server, people):
+    return {"server": server, "states": people.states, "known": people.known}
+
+
+def _restore(checkpoints, server, people):
+    restored = checkpoint.restore(checkpoints, _state(server, people))
+    if restored is None:
+        return 0, server, people
+    logger.info("going on after round %d", restored.round)
+    # Copies: what Orbax hands out may be read-only, and the population is written in place.
+    people = population.Population(
+        jax.tree.map(np.array, restored.state["states"]), np.array(restored.state["known"])
+    )
+    return restored.round, restored.state["server"], people
+
+
+def _inputs(clients, people, mesh, index, slots) -> tuple[np.ndarray, tuple, tuple[int, int]]:
+    """The ids `[C]` of a round, padded with N, the arguments of its step that are its own, and its tokens."""
+    padding = len(clients.names)
+    drawn = clients.sample(index)
+    ids = np.concatenate([drawn, np.full(slots - len(drawn), padding)]).astype(np.int32)
+    examples = np.append(clients.examples, 0)[ids].astype(np.float32)
+    cohort = Cohort(ids, examples, (ids < padding) & ~clients.dropped(index, ids))
+    data = clients.training(index, ids)
+    arguments = (
+        *rounds.place(population.gather(people, ids), mesh),
+        rounds.place_batches(data, mesh),
+        rounds.place(cohort, mesh),
+    )
+    return ids, arguments, clients.tokens(data)
+
+
+def _fastest_chunk(problem, clients, workdir, server, people, root) -> int:
+    mesh, algorithm, _, _, base = problem
+    drawn = len(clients.sample(0))
+
+    def prepare(chunk):
+        slots = rounds.slots_for(drawn, mesh, chunk)
+
+        def arguments():
+            copy = jax.tree.map(jnp.copy, server)
+            return base, copy, *_inputs(clients, people, mesh, 0, slots)[1], 0, root
+
+        return rounds.make_round(algorithm, mesh, chunk), arguments
+
+    return chunking.choose(workdir, chunking.candidates(-(-drawn // mesh.shape["clients"])), prepare)
+
+
+def _line(pending: _Pending, clients: Clients, since: float) -> dict[str, Any]:
+    """What rounds.jsonl says of a round; waits for the device."""
+    cohort, outcome = jax.device_get((pending.cohort, pending.metrics))
+    index, real = pending.record["round"], cohort.ids < len(clients.names)
+    broken = [clients.names[i] for i in cohort.ids[real & ~outcome["finite"]]]
+    if broken and not cohort.reported.any():
+        raise ValueError(
+            f"round {index}: the numbers of all {len(broken)} clients that trained are not finite ({', '.join(broken[:5])} ..); "
+            f"a smaller learning rate or clipping may help"
+        )
+    weights = np.where(cohort.reported, cohort.examples, 0.0)
+    means = {
+        name: float(np.sum(np.where(cohort.reported, values, 0.0) * weights) / max(weights.sum(), 1.0))
+        for name, values in outcome["clients"].items()
+    }
+    seconds = time.monotonic() - since
+    reported = int(cohort.reported.sum())
+    return {
+        **pending.record,
+        **means,
+        **{name: float(value) for name, value in outcome["server"].items()},
+        "clients": int(real.sum()),
+        "reported": reported,
+        "not_finite": broken,
+        "bytes_down": pending.record["bytes_down"] * int(real.sum()),
+        "bytes_up": pending.record["bytes_up"] * reported,
+        "seconds": seconds,
+        "tokens_per_second": pending.record["tokens"] / seconds,
+        "padding_waste": 1 - pending.record["tokens"] / max(pending.record["tokens_computed"], 1),
+        "peak_bytes": _peak_bytes(),
+    }
+
+
+def _peak_bytes() -> int:
+    """Most memory held so far: of the accelerator where it says, else of this process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def _make_judge(problem, clients, chunk, workdir, root):
+    """(server, population, round, {point: support}) -> None: evaluates all pools and writes their rows."""
+    judges = {}
+
+    def judge(server, people, index, points):
+        rows = []
+        for point, support in points.items():
+            if point not in judges:
+                judges[point] = evaluate.make_evaluate(
+                    problem.algorithm,
+                    problem.model,
+                    problem.task,
+                    problem.mesh,
+                    chunk=chunk,
+                    support=support,
+                    items=clients.tests,
+                )
+            for pool, ids in clients.pools.items():
+                scores = judges[point](problem.base, server, people, ids, index, root)
+                rows += _rows(scores, clients, index, pool, point)
+        metrics.merge_rows(workdir / "clients.parquet", rows, index)
+
+    return judge
+
+
+def _rows(scores: evaluate.Scores, clients: Clients, index: int, pool: str, point: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "round": index,
+            "client": int(client),
+            "name": clients.names[client],
+            "group": clients.groups[client],
+            "pool": pool,
+            "point": point,
+            "train_examples": int(clients.examples[client]),
+            "examples": int(scores.examples[place]),
+            **{name: float(values[place]) for name, values in scores.metrics.items()},
+        }
+        for place, client in enumerate(scores.ids)
+    ]
+
+
+def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """pool -> point -> statistics, of the untrained model (`base`) and of the last round."""
+    total = max(row["round"] for row in rows)
+    fixed = ("round", "client", "name", "group", "pool", "point", "train_examples", "examples")
+    names = [name for name in rows[0] if name not in fixed]
+    summary: dict[str, Any] = {"rounds": total}
+    for pool in dict.fromkeys(row["pool"] for row in rows):
+        wanted = {"base": (0, "global"), "global": (total, "global"), "personal": (total, "personal")}
+        summary[pool] = {
+            point: evaluate.summarize(chosen, names)
+            for point, key in wanted.items()
+            if (chosen := [row for row in rows if row["pool"] == pool and (row["round"], row["point"]) == key])
+        }
+    return summary
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[str]]:
+    """A list that receives the name of SIGTERM or SIGINT when one arrives."""
+    received: list[str] = []
+    wanted = (signal.SIGTERM, signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    old = {number: signal.signal(number, lambda n, _: received.append(signal.Signals(n).name)) for number in wanted}
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

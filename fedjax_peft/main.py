@@ -1,0 +1,65 @@
+"""The command line: `fedjax-peft run --config=configs/quickstart.py --workdir=DIR`."""
+
+import logging
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+USAGE = """usage: fedjax-peft COMMAND [flags]
+
+  run    --config=FILE.py[:VARIANT] --workdir=DIR [--config.KEY=VALUE ..]   run an experiment, or go on with it
+"""
+
+
+def main() -> None:
+    """Runs a command; a user's mistake ends with one sentence and exit code 2."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    for noisy in ("absl", "jax", "orbax"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    command, *arguments = sys.argv[1:] or ["help"]
+    if command not in COMMANDS:
+        print(USAGE, file=sys.stderr if command != "help" else sys.stdout)
+        sys.exit(2 if command != "help" else 0)
+    try:
+        COMMANDS[command](arguments)
+    except ValueError as error:
+        sys.exit(_mistake(error))
+
+
+def run(arguments: list[str]) -> None:
+    """`run`: see USAGE."""
+    # Late, so that a mistake in the flags is answered at once.
+    values = _flags(arguments)
+    from fedjax_peft import experiment, loop, report
+
+    try:
+        experiment.run(values.config, values.workdir)
+    except loop.Interrupted as stopped:
+        print(f"fedjax-peft: {stopped}", file=sys.stderr)
+        sys.exit(143)
+    report.show(values.workdir)
+
+
+COMMANDS = {"run": run}
+
+
+def _flags(arguments: list[str]) -> flags.FlagValues:
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", help_string="experiment file", flag_values=values)
+    flags.DEFINE_string("workdir", None, "run directory", flag_values=values)
+    try:
+        rest = values(["fedjax-peft", *arguments])[1:]
+    except (flags.Error, OSError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    if rest:
+        raise ValueError(f"{rest[0]!r} is no flag; flags are --config=FILE.py, --config.KEY=VALUE and --workdir=DIR")
+    for name in ("config", "workdir"):
+        if values[name].value is None:
+            raise ValueError(f"--{name} is missing")
+    return values
+
+
+def _mistake(error: ValueError) -> int:
+    print(f"fedjax-peft: {error}", file=sys.stderr)
+    return 2

@@ -1,0 +1,75 @@
+"""What makes a run repeatable and keeps a run directory to one experiment: manifest.json."""
+
+import importlib.metadata
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from fedjax_peft import metrics
+
+PACKAGES = ("fedjax_peft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "ml-collections")
+
+
+def check(workdir: epath.PathLike, experiment: Mapping[str, Any], hashes: Mapping[str, str] | None = None) -> None:
+    """Raises ValueError with the keys that differ if the run directory holds another experiment.
+
+    Args:
+      experiment: the config without what only changes speed.
+      hashes: SHA-256 of the base and of the data; None before they are read.
+    """
+    manifest = metrics.read_json(epath.Path(workdir) / "manifest.json")
+    if manifest is None:
+        return
+    old, new = _flat(manifest["experiment"]), _flat(experiment)
+    if hashes is not None:
+        old, new = old | _flat({"sha256": manifest["sha256"]}), new | _flat({"sha256": hashes})
+    changes = [f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in sorted(old | new) if old.get(key) != new.get(key)]
+    if changes:
+        raise ValueError(f"workdir {workdir} holds another experiment: {'; '.join(changes)}; choose another workdir")
+
+
+def write(
+    workdir: epath.PathLike,
+    experiment: Mapping[str, Any],
+    run: Mapping[str, Any],
+    *,
+    hashes: Mapping[str, str],
+    mesh: jax.sharding.Mesh,
+    sizes: Mapping[str, Any],
+) -> None:
+    """Writes the manifest: config, seed, commit, versions, devices, mesh, sizes and hashes of base weights and data."""
+    workdir = epath.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    content = {
+        "experiment": experiment,
+        "run": run,
+        "sha256": hashes,
+        "sizes": sizes,
+        "command": sys.argv,
+        "commit": _commit(),
+        "python": sys.version.split()[0],
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "devices": [f"{device.platform}: {device.device_kind}" for device in jax.devices()],
+        "mesh": dict(mesh.shape),
+    }
+    metrics.write_json(workdir / "manifest.json", content)
+
+
+def _commit() -> str | None:
+    folder = epath.Path(__file__).parent
+    result = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat

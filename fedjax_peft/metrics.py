@@ -1,0 +1,68 @@
+"""What a run leaves for people and programs to read: JSON lines, parquet tables and JSON files, always whole."""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from etils import epath
+
+
+def write_json(path: epath.PathLike, content: Mapping[str, Any]) -> None:
+    """Replaces a file at once, so that a killed process leaves the old or the new one."""
+    _replace(path, json.dumps(content, indent=2, default=_plain) + "\n")
+
+
+def read_json(path: epath.PathLike) -> dict[str, Any] | None:
+    """The content of a file, or None if it does not exist."""
+    path = epath.Path(path)
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def append_line(path: epath.PathLike, record: Mapping[str, Any]) -> None:
+    """Adds one JSON object as a line."""
+    with epath.Path(path).open("a") as file:
+        file.write(json.dumps(record, default=_plain) + "\n")
+
+
+def read_lines(path: epath.PathLike) -> list[dict[str, Any]]:
+    """All whole lines of a file of JSON objects; a last line that a kill cut short is left out."""
+    path = epath.Path(path)
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def rewind(path: epath.PathLike, rounds: int) -> None:
+    """Drops the lines of rounds that a resumed run will do again."""
+    lines = [json.dumps(line) for line in read_lines(path) if line["round"] < rounds]
+    _replace(path, "".join(line + "\n" for line in lines))
+
+
+def merge_rows(path: epath.PathLike, rows: Iterable[Mapping[str, Any]], rounds: int) -> None:
+    """Adds rows to a parquet table, in place of those it holds of round `rounds` and later."""
+    path, rows = epath.Path(path), list(rows)
+    old = [row for row in read_rows(path) if row["round"] < rounds] if path.exists() else []
+    table = pa.Table.from_pylist([{name: _plain(value) for name, value in row.items()} for row in old + rows])
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        pq.write_table(table, file)
+    temporary.replace(path)
+
+
+def read_rows(path: epath.PathLike) -> list[dict[str, Any]]:
+    """The rows of a parquet table."""
+    with epath.Path(path).open("rb") as file:
+        return pq.read_table(file).to_pylist()
+
+
+def _replace(path, text):
+    path = epath.Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _plain(value):
+    return value.item() if isinstance(value, np.generic) or np.ndim(value) == 0 and hasattr(value, "item") else value
