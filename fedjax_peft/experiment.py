@@ -159,6 +159,7 @@ def _clients(config: ConfigDict, federation: federations.Federation) -> loop.Cli
         names=names,
         groups=groups,
         examples=federated.sizes(training_store),
+        majority=federations.majority(federation),
         pools=federation.pools,
         sample=lambda index: federated.sample(config.seed, index, seen, cohort),
         dropped=lambda index, ids: federated.dropped(config.seed, index, ids, config.dropout_rate),

@@ -37,6 +37,7 @@ class Clients(NamedTuple):
     names: tuple[str, ...]  # [N]
     groups: tuple[str, ...]  # [N] language or task
     examples: np.ndarray  # [N] training examples
+    majority: np.ndarray  # [N] accuracy of each client's most frequent training label
     pools: dict[str, np.ndarray]  # ids of the clients of each pool; rounds sample from `seen`
     sample: Callable[[int], np.ndarray]  # round -> ids of the cohort
     dropped: Callable[[int, np.ndarray], np.ndarray]  # (round, ids) -> [C] bool
@@ -263,6 +264,7 @@ def _rows(scores: evaluate.Scores, clients: Clients, index: int, pool: str, poin
             "point": point,
             "train_examples": int(clients.examples[client]),
             "examples": int(scores.examples[place]),
+            "majority": float(clients.majority[client]),
             **{name: float(values[place]) for name, values in scores.metrics.items()},
         }
         for place, client in enumerate(scores.ids)
@@ -272,7 +274,7 @@ def _rows(scores: evaluate.Scores, clients: Clients, index: int, pool: str, poin
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """pool -> point -> statistics, of the untrained model (`base`) and of the last round."""
     total = max(row["round"] for row in rows)
-    fixed = ("round", "client", "name", "group", "pool", "point", "train_examples", "examples")
+    fixed = ("round", "client", "name", "group", "pool", "point", "train_examples", "examples", "majority")
     names = [name for name in rows[0] if name not in fixed]
     summary: dict[str, Any] = {"rounds": total}
     for pool in dict.fromkeys(row["pool"] for row in rows):

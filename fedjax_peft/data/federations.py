@@ -52,6 +52,16 @@ def chatterbot(encode: Encode, *, seed: int = 0, test_fraction: float = 0.2, min
     return Federation(stores["train"], stores["test"], names, names, pools, data.topics)
 
 
+def majority(federation: Federation) -> np.ndarray:
+    """[N] accuracy on a client's test examples of always answering its most frequent training label (NaN without tests)."""
+    shares = []
+    for client in range(len(federation.names)):
+        train = federation.train.labels[federated.rows(federation.train, client)]
+        test = federation.test.labels[federated.rows(federation.test, client)]
+        shares.append(np.mean(test == np.bincount(train).argmax()) if len(test) and len(train) else np.nan)
+    return np.array(shares)
+
+
 def with_everybody(federation: Federation) -> federated.Store:
     """The training store with one more client, number N, that holds the examples of all seen clients."""
     train = federation.train
