@@ -96,6 +96,8 @@ def run(
     down, up = algorithm.traffic(server)
     checkpoints = checkpoint.manager(workdir, keep_checkpoints)
     start, server, people = _restore(checkpoints, server, people)
+    if start == total and (done := metrics.read_json(workdir / "summary.json")) is not None:
+        return done
     metrics.rewind(workdir / "rounds.jsonl", start)
     chunk = chunk or _fastest_chunk(problem, clients, workdir, server, people, root)
     step = rounds.make_round(algorithm, mesh, chunk)

@@ -63,3 +63,7 @@ def _flags(arguments: list[str]) -> flags.FlagValues:
 def _mistake(error: ValueError) -> int:
     print(f"fedjax-peft: {error}", file=sys.stderr)
     return 2
+
+
+if __name__ == "__main__":
+    main()
