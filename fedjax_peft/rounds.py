@@ -130,7 +130,10 @@ def make_round(algorithm: Algorithm, mesh: Mesh, chunk: int) -> Callable:
             base, server, states, fresh, batches, cohort, round_key, client_key
         )
         new, server_metrics = algorithm.server_update(server, sums)
-        server = trees.where(jnp.any(cohort.reported), new, server)
+        somebody = jnp.any(cohort.reported)
+        server = trees.where(somebody, new, server)
+        # The mean over nobody is not a number, and JSON has no way to write one.
+        server_metrics = trees.where(somebody, server_metrics, trees.zeros_like(server_metrics))
         return server, states, cohort, {"clients": metrics, "finite": finite, "server": server_metrics}
 
     # Pinned, because the compiler would split the server over `model` and the next round would compile again.
