@@ -6,11 +6,11 @@ translations of the English ones, so a dialogue in the test set of one language 
 the training set of another.
 """
 
-import importlib.metadata
-import pathlib
 from typing import NamedTuple
 
 import numpy as np
+
+from fedjax_peft.data import packages
 
 Table = dict[str, np.ndarray]
 
@@ -123,7 +123,7 @@ def dialogues() -> Table:
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     rows = []
-    for path in sorted(_files()):
+    for path in packages.files(PACKAGE, ".yml"):
         language, topic = LANGUAGES[path.parent.name], ALIASES.get(path.stem, path.stem)
         for turns in yaml.load(path.read_bytes(), Loader=loader)["conversations"]:
             if len(turns) > 1:
@@ -132,14 +132,6 @@ def dialogues() -> Table:
     columns = zip(*rows, strict=True)
     names = ("language", "topic", "prompt", "reply", "text")
     return {name: np.array(column, object) for name, column in zip(names, columns, strict=True)}
-
-
-def _files() -> list[pathlib.Path]:
-    try:
-        files = importlib.metadata.files(PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:
-        raise ValueError(f"package {PACKAGE} is missing: pip install {PACKAGE} pyyaml") from None
-    return [pathlib.Path(file.locate()) for file in files if file.suffix == ".yml"]
 
 
 def _hold_out(table: Table, fraction: float, seed: int) -> np.ndarray:

