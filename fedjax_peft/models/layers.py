@@ -1,0 +1,89 @@
+"""Layers that know of adapters. Everything that is trained reaches a model through these three.
+
+A layer looks into the variable collection `adapters` at its own path for a callable pytree named `delta` and adds what
+it returns: `y + delta(x, key)`. Which method put it there, and what it computes, no model knows. `key` is None where no
+randomness was asked for.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from fedjax_peft.types import Array
+
+Dtype = Any
+
+
+class Dense(nn.Module):
+    """`y = x W + b + delta(x)`, the only site of adapters for linears: [.., D] -> [.., F].
+
+    If the collection `taps` is mutable, the moments of the input are left there: `mean` and `square`, each averaged
+    over features, float32 with the shape [..] of the input without features.
+    """
+
+    features: int
+    dtype: Dtype = jnp.float32
+    """Of the computation."""
+    param_dtype: Dtype = jnp.float32
+    """Of the stored kernel and bias."""
+    stddev: float = 0.02
+    """Of the kernel's normal initialisation."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.normal(self.stddev), shape, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+        if self.is_mutable_collection("taps"):
+            wide = x.astype(jnp.float32)
+            self.put_variable("taps", "mean", jnp.mean(wide, -1))
+            self.put_variable("taps", "square", jnp.mean(jnp.square(wide), -1))
+        x = x.astype(self.dtype)
+        y = x @ kernel.astype(self.dtype)
+        return _with_delta(self, x, y + _along_last(bias, y))
+
+
+class Embed(nn.Module):
+    """Rows of a table, plus `delta(ids)`: [..] integers -> [.., D]. An id outside of the table gives NaN."""
+
+    rows: int
+    features: int
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    stddev: float = 0.02
+
+    @nn.compact
+    def __call__(self, ids: Array) -> Array:
+        shape = (self.rows, self.features)
+        table = self.param("embedding", nn.initializers.normal(self.stddev), shape, self.param_dtype)
+        return _with_delta(self, ids, jnp.take(table, ids, axis=0).astype(self.dtype))
+
+
+class LayerNorm(nn.Module):
+    """Normalisation over features in float32, plus `delta` of the normalised input: [.., D] -> [.., D]."""
+
+    epsilon: float
+    dtype: Dtype = jnp.float32
+    """Of the result; parameters are float32."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, -1, keepdims=True)
+        x = x / jnp.sqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + self.epsilon)
+        y = x * _along_last(scale, x) + _along_last(bias, x)
+        return _with_delta(self, x, y).astype(self.dtype)
+
+
+def _with_delta(module: nn.Module, x: Array, y: Array) -> Array:
+    if not module.has_variable("adapters", "delta"):
+        return y
+    key = module.make_rng("dropout") if module.has_rng("dropout") else None
+    return y + module.get_variable("adapters", "delta")(x, key).astype(y.dtype)
+
+
+def _along_last(vector: Array, like: Array) -> Array:
+    return vector.astype(like.dtype).reshape((1,) * (like.ndim - 1) + (-1,))
