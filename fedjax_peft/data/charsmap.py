@@ -4,6 +4,7 @@ The blob is a trie of UTF-8 keys as a double array (Aoe, "An Efficient Digital S
 Structure", 1989, in the layout of darts-clone), then the replacements, each ended by a zero byte.
 """
 
+import functools
 import struct
 import unicodedata
 from collections.abc import Mapping
@@ -34,18 +35,15 @@ def compile(normalization: Mapping[int, str]) -> bytes:
 
 def _compositions(normalization: Mapping[int, str]) -> dict[str, str]:
     """Letters followed by marks -> what NFKC composes them to, for sequences that are looked up whole."""
-    forms: dict[str, list[str]] = {}
 
+    @functools.cache
     def spell(letter: str) -> list[str]:
-        """All ways to write a letter: itself, or those of its base followed by its last mark."""
-        if letter not in forms:
-            parts = unicodedata.decomposition(letter)
-            codes = [] if parts.startswith("<") else [chr(int(code, 16)) for code in parts.split()]
-            forms[letter] = [letter]
-            if len(codes) == 2:
-                marks = codes[1] + _DEPRECATED_MARKS.get(codes[1], "")
-                forms[letter] += [base + mark for base in spell(codes[0]) for mark in marks]
-        return forms[letter]
+        """A letter taken apart: the spellings of its base, each followed by its last mark."""
+        parts = unicodedata.decomposition(letter)
+        codes = [] if parts.startswith("<") else [chr(int(code, 16)) for code in parts.split()]
+        if len(codes) < 2:
+            return [letter]
+        return [base + mark for base in spell(codes[0]) for mark in codes[1] + _DEPRECATED_MARKS.get(codes[1], "")]
 
     keys = (key for code in range(0xA0, 0x3000) for key in spell(chr(code)) if len(key) > 1)
     return {
