@@ -1,0 +1,113 @@
+"""Pictures of a finished run for people to look at."""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from etils import epath
+from matplotlib import axes, figure, ticker
+
+from fedjax_peft import client_plots
+
+STYLE = {
+    "font.family": client_plots.FONT,
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "figure.titlesize": 10,
+    "figure.constrained_layout.use": True,
+}
+
+
+def write(
+    folder: epath.PathLike,
+    rounds: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    algorithm: str,
+    metric: str,
+    total: int,
+) -> None:
+    """Writes curves.png, clients.png and gain.png.
+
+    Args:
+      folder: made if it does not exist.
+      rounds: lines of rounds.jsonl.
+      rows: of clients.parquet.
+      algorithm: name for titles.
+      metric: column of rows to show.
+      total: rounds of the run.
+    """
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    clients = client_plots.outcomes(rows, metric, total)
+    title = f"{algorithm} after {total} rounds"
+    with matplotlib.rc_context(STYLE):
+        pictures = {
+            "curves": curves(rounds, rows, metric, title),
+            "clients": client_plots.dots(clients, algorithm, metric, title),
+            "gain": client_plots.gain(clients, metric, title),
+        }
+        for name, picture in pictures.items():
+            with (folder / f"{name}.png").open("wb") as file:
+                picture.savefig(file, dpi=160)
+
+
+def curves(rounds: Sequence[Mapping], rows: Iterable[Mapping], metric: str, title: str) -> figure.Figure:
+    """Training loss, the metric of each pool, throughput and padding over rounds."""
+    picture = figure.Figure(figsize=(8, 5))
+    picture.suptitle(title)
+    (loss, scores), (speed, waste) = picture.subplots(2, 2, height_ratios=(2.6, 1), sharex=True)
+    # A round in which nobody reported has no loss, whatever its line says.
+    _trend(loss, rounds, [line["loss"] if line["reported"] else np.nan for line in rounds])
+    loss.set(title="training: mean over the cohort's examples", ylabel="loss (nats)")
+    _evaluations(scores, rows, metric)
+    _trend(speed, rounds, [line["tokens_per_second"] for line in rounds])
+    speed.set(ylabel="tokens / s", xlabel="round", ylim=(0, 1.1 * speed.dataLim.y1))
+    speed.yaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+    _trend(waste, rounds, [100 * line["padding_waste"] for line in rounds])
+    waste.set(ylabel="padding\n(% of tokens)", xlabel="round", ylim=(0, max(1.0, 1.1 * waste.dataLim.y1)))
+    waste.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    return picture
+
+
+def _trend(panel: axes.Axes, rounds: Sequence[Mapping], values: Sequence[float]) -> None:
+    """Values of rounds, and their running median where rounds are many."""
+    index, width = np.array([line["round"] + 1 for line in rounds]), len(values) // 20
+    panel.plot(index, values, color="0.25" if width < 2 else "0.75", linewidth=1, marker="." if width < 2 else "")
+    index, values = index[np.isfinite(values)], np.array(values)[np.isfinite(values)]
+    if 1 < width <= len(values):
+        windows = np.lib.stride_tricks.sliding_window_view(values, width)
+        panel.plot(index[width // 2 :][: len(windows)], np.median(windows, axis=1), color="0.1", linewidth=1.5)
+    panel.grid(axis="y", color="0.92")
+
+
+def _evaluations(panel: axes.Axes, rows: Iterable[Mapping], metric: str) -> None:
+    """Mean and standard deviation over the clients of each pool at each evaluation, and at the end personalized."""
+    scores: dict[str, dict[tuple[str, int], list[float]]] = {}
+    for row in rows:
+        if row["examples"]:
+            scores.setdefault(row["pool"], {}).setdefault((row["point"], row["round"]), []).append(row[metric])
+    styles = zip(itertools.cycle(client_plots.POOLS), scores.items(), strict=False)
+    for shift, ((color, marker), (pool, of)) in enumerate(styles, 1):
+        index = sorted(at for point, at in of if point == "global")
+        values = [np.array(of["global", at]) for at in index]
+        low = [max(value.mean() - value.std(), value.min()) for value in values]
+        high = [min(value.mean() + value.std(), value.max()) for value in values]
+        style = {"color": color, "marker": marker}
+        panel.plot(index, [value.mean() for value in values], markersize=3.5, label=pool, **style)
+        panel.fill_between(index, low, high, color=color, alpha=0.15, linewidth=0)
+        personal = np.array(of["personal", index[-1]])
+        style |= {"markersize": 6, "markeredgecolor": "0.1", "linestyle": "", "capsize": 2}
+        # Beside the last round, so that the bars of pools do not cover one another.
+        at = (index[-1] or 1) * (1 + 0.035 * shift)
+        panel.errorbar(at, personal.mean(), personal.std(), label=f"{pool}, personalized", **style)
+    panel.set(title="test: mean over clients ± standard deviation", ylabel=client_plots.axis_label(metric))
+    panel.grid(axis="y", color="0.92")
+    panel.legend(fontsize=8)
