@@ -1,7 +1,7 @@
 """What clients train: callable pytrees that sit at the sites of a model.
 
-A site is a module of the base that owns parameters: a Dense (`kernel`), an Embed (`embedding`) or a LayerNorm (`scale`).
-An adapter is called with the site's input and returns what the site adds to its output. Sites of a layer stack carry a
+A site is a module of the base that owns parameters: Dense (`kernel`), Embed (`embedding`) or LayerNorm (`scale`). An
+adapter is called with the site's input and returns what the site adds to its output. Sites of a layer stack carry a
 leading axis `[L]`; a client axis in front is just one more batch axis. Names of sites are those of Hugging Face, so the
 target lists of published configurations carry over: `encoder.layer.3.attention.self.query`.
 """
@@ -20,7 +20,7 @@ from fedjax_peft.types import Array, Model, PyTree
 
 STACKS = ("layer", "layers", "h")  # modules whose parameters carry a leading layer axis
 HEAD = r"(.*\.)?(classifier|qa_outputs|score)(\..*)?"
-ALL_LINEAR = r"(?!(.*\.)?lm_head$).*"  # what `all-linear` means to peft: the language model's output layer is none of them
+ALL_LINEAR = r"(?!(.*\.)?lm_head$).*"  # as in peft, where the output layer is none of them
 
 
 @struct.dataclass
@@ -123,7 +123,7 @@ def init(
     Args:
       key: consumed.
       shapes: the base or its shapes.
-      kind: `lora`, or `full` for a dense update of every parameter of the base (rank, targets and head then do not matter).
+      kind: `lora`, or `full` for a dense update of every parameter of the base, whatever rank, targets and head say.
       rank: R, from 1 to the smaller side of each targeted site; a head may have fewer classes than that.
       alpha: LoRA's numerator: scale = alpha / rank, or alpha / sqrt(rank) if `rank_stabilized`.
       targets: `all-linear`, a comma list of name endings (`query,value`), or a regular expression for whole names.
@@ -149,14 +149,12 @@ def init(
     nodes = {site.path: _dense(site) for site in heads if head == "full"}
     for index, site in enumerate(body):
         if any(masks[site.path]):
-            nodes[site.path] = _lora(
-                jax.random.fold_in(key, index), site, rank, scale, masks[site.path], dropout
-            )
+            nodes[site.path] = _lora(jax.random.fold_in(key, index), site, rank, scale, masks[site.path], dropout)
     return _nest(nodes)
 
 
 def check_sites(adapters: PyTree, shapes: PyTree) -> None:
-    """Raises ValueError with the names of adapters at paths that no module of the base reads: `apply` would ignore them."""
+    """Raises ValueError with the names of adapters at paths that no module reads: `apply` would ignore them."""
     known = {site.path for site in sites(shapes)}
     lost = [".".join(path) for path in nodes(adapters) if path not in known]
     if lost:
@@ -199,17 +197,15 @@ def concat(first: PyTree, second: PyTree) -> PyTree:
 def mask_ranks(adapters: PyTree, masks: PyTree) -> PyTree:
     """LoRAs with only the ranks whose mask is 1.
 
-    `masks` has the tree of `adapters` with `[.., R]` arrays of 0 and 1 in place of LoRAs (None elsewhere). Removed ranks
-    are zero in A, B and scale, so they add nothing and receive no gradient.
+    `masks` has the tree of `adapters` with `[.., R]` arrays of 0 and 1 in place of LoRAs (None elsewhere). Removed
+    ranks are zero in A, B and scale, so they add nothing and receive no gradient.
     """
 
     def masked(node, mask):
         if mask is None:
             return node
         mask = mask.astype(node.a.dtype)
-        return node.replace(
-            a=node.a * mask[..., None, :], b=node.b * mask[..., None], scale=node.scale * mask
-        )
+        return node.replace(a=node.a * mask[..., None, :], b=node.b * mask[..., None], scale=node.scale * mask)
 
     return jax.tree.map(masked, adapters, masks, is_leaf=lambda node: not isinstance(node, dict))
 
@@ -253,9 +249,7 @@ def _match(targets: str, candidates: list[Site]) -> dict[tuple[str, ...], np.nda
             raise ValueError(f"adapter.targets {word!r} is no regular expression: {error}") from None
         if not any(map(any, found)):
             some = ", ".join(sorted({site.names[0] for site in candidates})[:12])
-            raise ValueError(
-                f"adapter.targets {word.strip()!r} matches no site of the model; sites are {some}"
-            )
+            raise ValueError(f"adapter.targets {word.strip()!r} matches no site of the model; sites are {some}")
         for site, mask in zip(candidates, found, strict=True):
             hits[site.path] |= np.asarray(mask)
     return hits

@@ -43,9 +43,7 @@ def shard_base(base: PyTree, mesh: Mesh) -> PyTree:
 
     def place(leaf):
         split = leaf.ndim >= 2 and leaf.shape[-1] % mesh.shape["model"] == 0
-        return jax.device_put(
-            leaf, NamedSharding(mesh, P(*(None,) * (leaf.ndim - 1), "model") if split else P())
-        )
+        return jax.device_put(leaf, NamedSharding(mesh, P(*(None,) * (leaf.ndim - 1), "model") if split else P()))
 
     return jax.tree.map(place, base)
 

@@ -1,4 +1,4 @@
-"""A model small enough that a whole federation compiles in a second: a bag of embeddings, two stacked layers, a head."""
+"""A model so small that a whole federation compiles in a second: a bag of embeddings, two stacked layers, a head."""
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +36,7 @@ def model() -> Model:
         x = jnp.sum(x * mask, 1) / jnp.maximum(jnp.sum(mask, 1), 1.0)
         stacked = adapters.get("encoder", {}).get("layer", {}).get("query", {}).get("delta")
         for layer in range(LAYERS):
-            own = jax.tree.map(lambda leaf: leaf[layer], base["encoder"]["layer"]["query"])
-            delta = jax.tree.map(lambda leaf: leaf[layer], stacked)
+            own, delta = jax.tree.map(lambda leaf, at=layer: leaf[at], (base["encoder"]["layer"]["query"], stacked))
             layer_key = None if key is None else jax.random.fold_in(key, layer)
             x = jnp.tanh(_dense(own, delta, x, layer_key))
         return _dense(base["classifier"], adapters.get("classifier", {}).get("delta"), x, key)

@@ -1,0 +1,119 @@
+"""The arrows between modules, read from the source: who may import whom, and what may be used where."""
+
+import ast
+import graphlib
+import pathlib
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parents[1] / "fedjax_peft"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+PURE = {"types", "trees"}
+ENGINE = PURE | {"adapters", "aggregate", "local", "ranks", "tasks"}
+RUN = {"checkpoint", "chunking", "console", "evaluate", "metrics", "population", "rounds"}
+
+# Module or folder -> what of this package it may import. A folder stands for all files in it.
+ALLOWED = {
+    "types": set(),
+    "trees": {"types"},
+    "tasks": PURE,
+    "adapters": PURE,
+    "ranks": PURE,
+    "aggregate": PURE,
+    "local": PURE,
+    "algorithms": ENGINE | {"algorithms"},
+    "models": PURE | {"models"},
+    "data": {"types", "data"},
+    "rounds": PURE,
+    "population": PURE,
+    "evaluate": PURE | {"rounds", "population"},
+    "generate": PURE,
+    "checkpoint": PURE,
+    "metrics": set(),
+    "manifest": {"metrics"},
+    "chunking": {"metrics"},
+    "console": set(),
+    "client_plots": set(),
+    "plots": {"client_plots"},
+    "report": {"console", "evaluate", "metrics", "plots"},
+    "loop": PURE | RUN,
+    "experiment": ENGINE | RUN | {"algorithms", "data", "loop", "manifest", "models"},
+    "main": {"experiment", "loop", "report"},
+    "__init__": set(),
+}
+# Library -> where alone it may be imported.
+ONLY_IN = {
+    "flax.linen": {"models"},
+    "flax.nnx": set(),
+    "configs": set(),
+    "optax": {"algorithms", "aggregate", "local", "tasks", "experiment"},
+    "ml_collections": {"experiment", "main"},
+    "orbax": {"checkpoint"},
+    "torch": set(),
+}
+NUMPY_ONLY = {"data"}  # packages that leave devices alone; types of arrays they may name
+
+
+def part_of(file: pathlib.Path) -> str:
+    """`rounds` for rounds.py, `data` for any file in data/."""
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(file: pathlib.Path) -> set[str]:
+    """Dotted names of all that a file imports, `from a import b` as a.b."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file.name} imports relatively in line {node.lineno}"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def within(name: str, library: str) -> bool:
+    return f"{name}.".startswith(f"{library}.")
+
+
+each = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+
+
+@each
+def test_modules_import_only_what_is_below_them(file):
+    part = part_of(file)
+    assert part in ALLOWED, f"{part} is new: say in this test's table what it may import"
+    parts = {name.split(".")[1] for name in imported(file) if within(name, "fedjax_peft") and "." in name}
+    assert parts <= ALLOWED[part], f"{file.name} imports {sorted(parts - ALLOWED[part])}"
+
+
+@each
+def test_libraries_stay_where_they_belong(file):
+    for name in imported(file):
+        for library, places in ONLY_IN.items():
+            assert not within(name, library) or part_of(file) in places, f"{file.name} imports {name}"
+        assert not within(name, "jax._src"), f"{file.name} imports {name}, which is private"
+        if part_of(file) in NUMPY_ONLY:
+            assert not within(name, "jax"), f"{file.name} imports {name}"
+
+
+@each
+def test_pmap_and_private_jax_are_not_used(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in ("pmap", "_src"), f"{file.name} uses {node.attr} in line {node.lineno}"
+
+
+def test_clients_are_batched_in_one_place():
+    batching = {
+        part_of(file)
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in ("vmap", "shard_map")
+    }
+    assert batching <= {"rounds", "evaluate"}
+
+
+def test_the_arrows_make_no_circle():
+    below = {part: allowed - {part} for part, allowed in ALLOWED.items()}
+    graphlib.TopologicalSorter(below).prepare()  # raises CycleError
