@@ -157,6 +157,26 @@ def widths_for(stores: Store | Sequence[Store], max_length: int, multiple: int =
     return chosen[-1]
 
 
+def pools(clients: int, unseen: int | Sequence[int], seed: int) -> dict[str, np.ndarray]:
+    """{'seen', 'unseen'}: ids of clients that train and of those that are only evaluated, ascending int32.
+
+    Args:
+      clients: number of clients.
+      unseen: how many of them to draw, or which.
+      seed: of the draw.
+
+    Raises:
+      ValueError: an unknown id, or nobody left to train.
+    """
+    ids = np.arange(clients, dtype=np.int32)
+    if np.ndim(unseen) == 0:
+        unseen = np.random.default_rng(seed).permutation(clients)[:unseen] if unseen < clients else ids
+    held_out = np.isin(ids, unseen)
+    if held_out.sum() != len(set(map(int, unseen))) or held_out.all():
+        raise ValueError(f"of {clients} clients some must train: the unseen pool cannot be {list(map(int, unseen))}")
+    return {"seen": ids[~held_out], "unseen": ids[held_out]}
+
+
 def sample(seed: int, round: int, clients: int | np.ndarray, size: int) -> np.ndarray:
     """[size] int32, ascending: the cohort of a round, drawn without replacement; pure in (seed, round).
 

@@ -1,0 +1,228 @@
+"""Partitions: every row at most once, the published rules, and independence of what must not matter."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedjax_peft.data import cache, partition
+
+SETTINGS = {
+    "iid": {},
+    "quantity_skew": {"law": "exponential", "sigma": 0.5},
+    "dirichlet": {"alpha": 0.5, "min_size": 1},
+    "pathological": {"k": 2},
+    "shard": {"shards": 2},
+    "label_sort": {"h": 0.6},
+    "inner_dirichlet": {"alpha": 0.5},
+}
+COMPLETE = set(SETTINGS) - {"label_sort"}  # deals out every row; label sorting leaves remainders
+
+
+def make(train=400, test=100, classes=4, seed=0):
+    rng = np.random.default_rng(seed)
+    return {s: {"label": rng.integers(0, classes, n)} for s, n in (("train", train), ("test", test))}
+
+
+def histograms(splits, parts, split="train", classes=4):
+    return np.array([np.bincount(splits[split]["label"][rows], minlength=classes) for rows in parts[split]])
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@settings(max_examples=25, deadline=None)
+@given(train=st.integers(60, 300), test=st.integers(0, 80), clients=st.integers(2, 9), seed=st.integers(0, 99))
+def test_rows_are_dealt_out_once(name, train, test, clients, seed):
+    splits = make(train, test, seed=seed)
+    parts = getattr(partition, name)(splits, clients=clients, seed=seed, **SETTINGS[name])
+    for split, size in (("train", train), ("test", test)):
+        assert len(parts[split]) == clients
+        rows = np.concatenate(parts[split])
+        assert len(np.unique(rows)) == len(rows)
+        if name in COMPLETE:
+            np.testing.assert_array_equal(np.sort(rows), np.arange(size))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_training_rows_depend_on_the_seed_and_not_on_the_test_split(name):
+    def draw(seed, test=100):
+        splits = make()
+        splits["test"] = {"label": splits["test"]["label"][:test]}
+        return getattr(partition, name)(splits, clients=5, seed=seed, **SETTINGS[name])["train"]
+
+    first = draw(0)
+    for again in (draw(0), draw(0, test=7)):
+        assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert any(not np.array_equal(a, b) for a, b in zip(first, draw(1), strict=True))
+
+
+@pytest.mark.parametrize("name", ["dirichlet", "pathological", "shard", "inner_dirichlet", "label_sort"])
+def test_splits_of_a_client_have_the_same_proportions(name):
+    splits = make(8000, 4000)
+    parts = getattr(partition, name)(splits, clients=8, seed=3, **SETTINGS[name])
+    shares = [h / h.sum(1, keepdims=True) for h in (histograms(splits, parts, s) for s in ("train", "test"))]
+    # The last clients of inner_dirichlet get what is left, which differs between splits.
+    np.testing.assert_allclose(shares[0][:6], shares[1][:6], atol=0.08)
+    assert np.abs(shares[0] - 0.25).max() > 0.2, "the partition is not skewed at all"
+
+
+def test_dirichlet_redraws_until_every_client_has_enough():
+    splits = make(300, 100)
+    for seed in range(20):
+        sizes = [len(rows) for rows in partition.dirichlet(splits, clients=10, seed=seed, alpha=0.3)["train"]]
+        assert min(sizes) >= 10
+    with pytest.raises(ValueError, match="alpha=0.5 .* min_size=10 .* 31 clients: there are too few rows"):
+        partition.dirichlet(splits, clients=31, seed=0, alpha=0.5)
+    with pytest.raises(ValueError, match="alpha=0.001 gave no partition of 300 rows with min_size=29 .* in 5 draws"):
+        partition.dirichlet(splits, clients=10, seed=0, alpha=0.001, min_size=29, redraws=5)
+    with pytest.raises(ValueError, match="alpha must be positive, got 0"):
+        partition.dirichlet(splits, clients=3, seed=0, alpha=0)
+
+
+def test_dirichlet_gives_full_clients_no_further_class():
+    splits = {"train": {"label": np.repeat([0, 1, 2], 100)}}
+    for seed in range(20):
+        parts = partition.dirichlet(splits, clients=3, seed=seed, alpha=0.1, min_size=1)
+        held = np.cumsum(histograms(splits, parts, classes=3), axis=1)
+        for client in held:
+            full = np.flatnonzero(client >= 100)
+            assert len(full) == 0 or client[-1] == client[full[0]]
+
+
+def test_dirichlet_shares_follow_alpha():
+    splits = make(20_000, 0)
+    spread = [
+        np.var(histograms(splits, partition.dirichlet(splits, clients=10, seed=0, alpha=a, balanced=False)) / 5000)
+        for a in (0.2, 1.0, 100.0)
+    ]
+    expected = [0.1 * 0.9 / (10 * a + 1) for a in (0.2, 1.0, 100.0)]  # variance of a Dirichlet share
+    np.testing.assert_allclose(spread, expected, rtol=0.6)
+
+
+def test_pathological_clients_have_k_classes_in_equal_parts():
+    splits = {"train": {"label": np.repeat(np.arange(10), 60)}}
+    for k in (1, 2, 3):
+        counts = histograms(splits, partition.pathological(splits, clients=20, seed=1, k=k), classes=10)
+        np.testing.assert_array_equal((counts > 0).sum(1), k)
+        np.testing.assert_array_equal(np.unique(counts[counts > 0]), 60 // (20 * k // 10))
+    with pytest.raises(ValueError, match="4 clients of k=2 classes each cannot share 10 classes"):
+        partition.pathological(splits, clients=4, seed=0, k=2)
+
+
+def test_shards_hold_few_classes():
+    splits = {"train": {"label": np.repeat(np.arange(10), 60)}}
+    counts = histograms(splits, partition.shard(splits, clients=10, seed=0), classes=10)
+    assert (counts.sum(1) == 60).all() and ((counts > 0).sum(1) <= 2).all()
+
+
+@pytest.mark.parametrize(
+    "counts, h, size, expected",
+    [
+        ((2528, 6023), 0.3, 1068, [0.52, 0.50, 0.31, 0.21, 0.20, 0.19, 0.21, 0.23]),
+        ((2528, 6023), 0.9, 1068, [0.93, 0.93, 0.36, 0.03, 0.02, 0.04, 0.03, 0.03]),
+        ((29780, 37569), 0.9, 8417, [0.95, 0.95, 0.94, 0.53, 0.04, 0.05, 0.05, 0.05]),
+        ((29780, 37569), 0.3, 8418, [0.61, 0.61, 0.61, 0.47, 0.31, 0.31, 0.31, 0.32]),
+    ],
+)
+def test_label_sorting_of_cola_and_sst2(counts, h, size, expected):
+    splits = {"train": {"label": np.repeat([0, 1], counts)}}
+    parts = partition.label_sort(splits, clients=8, h=h)
+    found = histograms(splits, parts, classes=2)
+    np.testing.assert_array_equal(found.sum(1), size)
+    np.testing.assert_allclose(found[:, 0] / size, expected, atol=0.04)  # both sides are random draws
+
+
+def test_label_sorting_can_leave_the_test_split_unskewed():
+    splits = make(8000, 8000)
+    parts = partition.label_sort(splits, clients=4, h=1.0, iid_splits=("test",))
+    assert (histograms(splits, parts).max(1) > 1900).all()
+    assert (histograms(splits, parts, "test").max(1) < 600).all()
+    with pytest.raises(ValueError, match=r"h in \[0, 1\], got 70"):
+        partition.label_sort(splits, clients=4, h=70)
+
+
+def test_columns_become_clients_in_ascending_order():
+    language = np.array(["sw", "de", "en", "de", "sw", "de"], object)
+    splits = {"train": {"language": language}, "test": {"language": language[:2]}}
+    parts = partition.by_column(splits, column="language")
+    assert [sorted(rows) for rows in parts["train"]] == [[1, 3, 5], [2], [0, 4]]
+    assert [sorted(rows) for rows in parts["test"]] == [[1], [], [0]]
+    halves = partition.by_column(splits, column="language", clients_per_value=2)["train"]
+    assert [len(rows) for rows in halves] == [1, 2, 0, 1, 1, 1]
+    with pytest.raises(ValueError, match="split 'train' has no column 'task', only language"):
+        partition.by_column(splits, column="task")
+
+
+def test_natural_ids_can_be_limited():
+    splits = {"train": {"user": np.array([7, 3, 3, 5, 5, 5, 7])}}
+
+    def ids(**limits):
+        return [set(splits["train"]["user"][r]) for r in partition.natural_id(splits, column="user", **limits)["train"]]
+
+    assert ids() == [{3}, {5}, {7}] and ids(min_size=3) == [{5}] and ids(clients=2) == [{3}, {5}]
+    with pytest.raises(ValueError, match="column 'user' has 1 ids with min_size=3 or more rows, not 2"):
+        ids(min_size=3, clients=2)
+
+
+def languages(parallel=True, train=400, test=100):
+    rng = np.random.default_rng(0)
+    out = {}
+    for split, size in (("train", train), ("test", test)):
+        labels = [rng.integers(0, 3, size) for _ in range(3)]
+        out[split] = {
+            "language": np.repeat(["ar", "bg", "zh"], size),
+            "label": np.concatenate([labels[0] if parallel else x for x in labels]),
+        }
+    return out
+
+
+XNLI = {"column": "language", "clients_per_value": 5, "seed": 0, "alpha": 0.5, "pools": 2}
+
+
+def test_languages_by_dirichlet_in_two_pools():
+    splits = languages()
+    parts = partition.by_column_dirichlet(splits, **XNLI, parallel=True, rows_per_pool={"train": 150, "test": 50})
+    for split, size, per_client in (("train", 400, 30), ("test", 100, 10)):
+        rows = np.array(parts[split])
+        assert rows.shape == (2 * 3 * 5, per_client) and len(np.unique(rows)) == rows.size
+        np.testing.assert_array_equal(
+            splits[split]["language"][rows[:, 0]], np.tile(np.repeat(["ar", "bg", "zh"], 5), 2)
+        )
+        np.testing.assert_array_equal(rows[:5] + size, rows[5:10])  # the same examples in the next language
+    with pytest.raises(ValueError, match="language ar has 400 train rows, not 2 x 201"):
+        partition.by_column_dirichlet(splits, **XNLI, rows_per_pool={"train": 201})
+
+
+def test_unseen_pools_are_drawn_on_their_own_labels():
+    splits = languages(train=4000)
+    entropy = {}
+    for reuse in (False, True):
+        h = histograms(splits, partition.by_column_dirichlet(splits, **XNLI, reuse_first_pool=reuse), classes=3)
+        p = h / h.sum(1, keepdims=True)
+        entropy[reuse] = -(p * np.log(p + 1e-12)).sum(1).reshape(2, -1).mean(1)
+    assert (entropy[False] < 0.9).all()
+    assert entropy[True][0] == entropy[False][0] and entropy[True][1] > 1.05
+
+
+def test_draws_of_languages_are_independent_unless_parallel():
+    splits = languages()
+    rows = partition.by_column_dirichlet(splits, **XNLI)["train"]
+    assert not any(np.array_equal(np.sort(rows[k]) + 400, np.sort(rows[5 + k])) for k in range(5))
+
+
+def test_cache_knows_data_settings_and_seed(tmp_path):
+    calls = []
+
+    def dirichlet(splits, **settings):
+        calls.append(settings)
+        return partition.dirichlet(splits, **settings)
+
+    splits, base = make(), {"clients": 4, "seed": 0, "alpha": 0.5}
+    first = cache.cached(tmp_path, dirichlet, splits, **base)
+    again = cache.cached(tmp_path, dirichlet, splits, **base)
+    assert len(calls) == 1
+    for split in splits:
+        assert all(np.array_equal(a, b) for a, b in zip(first[split], again[split], strict=True))
+    cache.cached(tmp_path, dirichlet, splits, **base | {"seed": 1})
+    cache.cached(tmp_path, dirichlet, splits, **base | {"alpha": 1.0})
+    cache.cached(tmp_path, dirichlet, make(seed=1), **base)
+    assert len(calls) == 4 and len(list(tmp_path.iterdir())) == 4
