@@ -68,19 +68,21 @@ def curves(rounds: Sequence[Mapping], rows: Iterable[Mapping], metric: str, titl
     _trend(loss, rounds, [line["loss"] if line["reported"] else np.nan for line in rounds])
     loss.set(title="training: mean over the cohort's examples", ylabel="loss (nats)")
     _evaluations(scores, rows, metric)
-    _trend(speed, rounds, [line["tokens_per_second"] for line in rounds])
-    speed.set(ylabel="tokens / s", xlabel="round", ylim=(0, 1.1 * speed.dataLim.y1))
+    _trend(speed, rounds, [line["tokens_per_second"] for line in rounds], from_zero=True)
+    speed.set(ylabel="tokens / s", xlabel="round")
     speed.yaxis.set_major_formatter(ticker.EngFormatter(sep=""))
-    _trend(waste, rounds, [100 * line["padding_waste"] for line in rounds])
-    waste.set(ylabel="padding\n(% of tokens)", xlabel="round", ylim=(0, max(1.0, 1.1 * waste.dataLim.y1)))
+    _trend(waste, rounds, [100 * line["padding_waste"] for line in rounds], from_zero=True)
+    waste.set(ylabel="padding\n(% of tokens)", xlabel="round")
     waste.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     return picture
 
 
-def _trend(panel: axes.Axes, rounds: Sequence[Mapping], values: Sequence[float]) -> None:
+def _trend(panel: axes.Axes, rounds: Sequence[Mapping], values: Sequence[float], from_zero: bool = False) -> None:
     """Values of rounds, and their running median where rounds are many."""
     index, width = np.array([line["round"] + 1 for line in rounds]), len(values) // 20
     panel.plot(index, values, color="0.25" if width < 2 else "0.75", linewidth=1, marker="." if width < 2 else "")
+    if from_zero:
+        panel.set_ylim(0, 1.1 * max(values, default=0.0) or 1.0)
     index, values = index[np.isfinite(values)], np.array(values)[np.isfinite(values)]
     if 1 < width <= len(values):
         windows = np.lib.stride_tricks.sliding_window_view(values, width)
@@ -97,17 +99,21 @@ def _evaluations(panel: axes.Axes, rows: Iterable[Mapping], metric: str) -> None
     styles = zip(itertools.cycle(client_plots.POOLS), scores.items(), strict=False)
     for shift, ((color, marker), (pool, of)) in enumerate(styles, 1):
         index = sorted(at for point, at in of if point == "global")
-        values = [np.array(of["global", at]) for at in index]
-        low = [max(value.mean() - value.std(), value.min()) for value in values]
-        high = [min(value.mean() + value.std(), value.max()) for value in values]
+        low, mean, high = np.transpose([_spread(of["global", at]) for at in index])
         style = {"color": color, "marker": marker}
-        panel.plot(index, [value.mean() for value in values], markersize=3.5, label=pool, **style)
+        panel.plot(index, mean, markersize=3.5, label=pool, **style)
         panel.fill_between(index, low, high, color=color, alpha=0.15, linewidth=0)
-        personal = np.array(of["personal", index[-1]])
+        low, mean, high = _spread(of["personal", index[-1]])
         style |= {"markersize": 6, "markeredgecolor": "0.1", "linestyle": "", "capsize": 2}
         # Beside the last round, so that the bars of pools do not cover one another.
         at = (index[-1] or 1) * (1 + 0.035 * shift)
-        panel.errorbar(at, personal.mean(), personal.std(), label=f"{pool}, personalized", **style)
+        panel.errorbar(at, mean, [[mean - low], [high - mean]], label=f"{pool}, personalized", **style)
     panel.set(title="test: mean over clients ± standard deviation", ylabel=client_plots.axis_label(metric))
     panel.grid(axis="y", color="0.92")
     panel.legend(fontsize=8)
+
+
+def _spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean between one standard deviation less and more, but no further than the values go."""
+    mean, deviation = np.mean(values), np.std(values)
+    return max(mean - deviation, np.min(values)), mean, min(mean + deviation, np.max(values))
