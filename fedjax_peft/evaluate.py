@@ -57,7 +57,7 @@ def make_evaluate(
                 base,
                 server,
                 *rounds.place((states, fresh), mesh),
-                rounds.place_batches(support(slots), mesh),
+                rounds.place(support(slots), mesh),
                 rounds.place(slots, mesh),
                 round_index,
                 root,

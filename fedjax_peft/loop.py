@@ -45,7 +45,7 @@ class Clients(NamedTuple):
     support: Callable[[np.ndarray], Batches]  # ids -> batches to personalize on
     nothing: Callable[[np.ndarray], Batches]  # ids -> batches of no steps
     tests: Callable[[np.ndarray], Iterable[Any]]  # ids -> packs of test batches
-    tokens: Callable[[Batches], tuple[int, int]]  # batches -> (tokens of examples, tokens computed)
+    tokens: Callable[[Batches, int], tuple[int, int]]  # (batches, chunk) -> (tokens of examples, tokens computed)
 
 
 class Interrupted(Exception):
@@ -122,7 +122,7 @@ def run(
                 pending = None
                 judge(server, people, index, {"global": clients.nothing})
                 finished = time.monotonic()
-            ids, arguments, (real, computed) = _inputs(clients, people, mesh, index, slots)
+            ids, arguments, (real, computed) = _inputs(clients, people, mesh, index, slots, chunk)
             server, states, cohort, outcome = step(base, server, *arguments, index, root)
             record(pending)
             parameters = {"bytes_down": 4 * down, "bytes_up": 4 * up}
@@ -159,7 +159,7 @@ def _restore(checkpoints, server, people):
     return restored.round, restored.state["server"], people
 
 
-def _inputs(clients, people, mesh, index, slots) -> tuple[np.ndarray, tuple, tuple[int, int]]:
+def _inputs(clients, people, mesh, index, slots, chunk) -> tuple[np.ndarray, tuple, tuple[int, int]]:
     """The ids `[C]` of a round, padded with N, the arguments of its step that are its own, and its tokens."""
     padding = len(clients.names)
     drawn = clients.sample(index)
@@ -169,10 +169,10 @@ def _inputs(clients, people, mesh, index, slots) -> tuple[np.ndarray, tuple, tup
     data = clients.training(index, ids)
     arguments = (
         *rounds.place(population.gather(people, ids), mesh),
-        rounds.place_batches(data, mesh),
+        rounds.place(data, mesh),
         rounds.place(cohort, mesh),
     )
-    return ids, arguments, clients.tokens(data)
+    return ids, arguments, clients.tokens(data, chunk)
 
 
 def _fastest_chunk(problem, clients, workdir, server, people, root) -> int:
@@ -184,7 +184,7 @@ def _fastest_chunk(problem, clients, workdir, server, people, root) -> int:
 
         def arguments():
             copy = jax.tree.map(jnp.copy, server)
-            return base, copy, *_inputs(clients, people, mesh, 0, slots)[1], 0, root
+            return base, copy, *_inputs(clients, people, mesh, 0, slots, chunk)[1], 0, root
 
         return rounds.make_round(algorithm, mesh, chunk), arguments
 

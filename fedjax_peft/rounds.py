@@ -59,12 +59,6 @@ def place(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.device_put(tree, NamedSharding(mesh, P("clients")))
 
 
-def place_batches(batches: Batches, mesh: Mesh) -> Batches:
-    """Puts the batches of a cohort on the mesh; `width` has no client axis and goes everywhere."""
-    placed = place(batches.replace(width=None), mesh)
-    return placed.replace(width=jax.device_put(batches.width, NamedSharding(mesh, P())))
-
-
 def make_init(algorithm: Algorithm, mesh: Mesh) -> Callable[[Array], PyTree]:
     """(root key) -> server, replicated over the mesh."""
 
@@ -107,8 +101,7 @@ def make_round(algorithm: Algorithm, mesh: Mesh, chunk: int) -> Callable:
     def on_device(base, server, states, fresh, batches, cohort, round_key, client_key):
         def run_chunk(slots):
             states, fresh, batches, cohort = slots
-            axes = (None, None, 0, 0, 0, _except_width(batches, 0, None), None, None)
-            new, upload, metrics, finite = jax.vmap(one_client, in_axes=axes)(
+            new, upload, metrics, finite = _side_by_side(one_client, batches)(
                 base, server, states, fresh, cohort.ids, batches, round_key, client_key
             )
             active = cohort.reported
@@ -124,7 +117,7 @@ def make_round(algorithm: Algorithm, mesh: Mesh, chunk: int) -> Callable:
     def round_step(base, server, states, fresh, batches, cohort, index, root):
         round_key = jax.random.fold_in(jax.random.fold_in(root, ROUND), index)
         client_key = jax.random.fold_in(root, CLIENT)
-        sums, (states, cohort, metrics, finite) = _shard(on_device, mesh, _specs(batches), (P(), _SPLIT))(
+        sums, (states, cohort, metrics, finite) = _shard(on_device, mesh, _SPECS, (P(), _SPLIT))(
             base, server, states, fresh, batches, cohort, round_key, client_key
         )
         new, server_metrics = algorithm.server_update(server, sums)
@@ -134,9 +127,15 @@ def make_round(algorithm: Algorithm, mesh: Mesh, chunk: int) -> Callable:
         server_metrics = trees.where(somebody, server_metrics, trees.zeros_like(server_metrics))
         return server, states, cohort, {"clients": metrics, "finite": finite, "server": server_metrics}
 
-    # Pinned, because the compiler would split the server over `model` and the next round would compile again.
+    # Pinned on both sides, because the compiler would split the server over `model`: the next round would compile again,
+    # and a server that comes from the host would be donated in another shape than it returns.
     everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, _SPLIT)
-    return jax.jit(round_step, donate_argnums=(1, 2), out_shardings=(everywhere, split, split, everywhere))
+    return jax.jit(
+        round_step,
+        donate_argnums=(1, 2),
+        in_shardings=(None, everywhere, split, split, None, split, None, None),
+        out_shardings=(everywhere, split, split, everywhere),
+    )
 
 
 def make_personalize(algorithm: Algorithm, mesh: Mesh, chunk: int) -> Callable:
@@ -154,8 +153,7 @@ def make_personalize(algorithm: Algorithm, mesh: Mesh, chunk: int) -> Callable:
     def on_device(base, server, states, fresh, batches, ids, round_key, client_key):
         def run_chunk(slots):
             states, fresh, batches, ids = slots
-            axes = (None, None, 0, 0, 0, _except_width(batches, 0, None), None, None)
-            return (), jax.vmap(one_client, in_axes=axes)(
+            return (), _side_by_side(one_client, batches)(
                 base, server, states, fresh, ids, batches, round_key, client_key
             )
 
@@ -164,15 +162,25 @@ def make_personalize(algorithm: Algorithm, mesh: Mesh, chunk: int) -> Callable:
     def personalize(base, server, states, fresh, batches, ids, index, root):
         round_key = jax.random.fold_in(jax.random.fold_in(root, PERSONALIZE), index)
         client_key = jax.random.fold_in(root, CLIENT)
-        return _shard(on_device, mesh, _specs(batches), _SPLIT)(
+        return _shard(on_device, mesh, _SPECS, _SPLIT)(
             base, server, states, fresh, batches, ids, round_key, client_key
         )
 
     return jax.jit(personalize)
 
 
-def _specs(batches):
-    return (P(), P(), _SPLIT, _SPLIT, _except_width(batches, _SPLIT, P()), _SPLIT, P(), P())
+def _side_by_side(function, batches):
+    """`vmap` over the clients of a chunk, which share the width of each step.
+
+    Without a client axis the choice of a width stays a branch; with one, all widths would be computed and selected from.
+    """
+    axes = (None, None, 0, 0, 0, batches.replace(inputs=0, labels=0, weights=0, width=None), None, None)
+
+    def run(base, server, states, fresh, ids, batches, *keys):
+        shared = batches.replace(width=jnp.max(batches.width, axis=0))
+        return jax.vmap(function, in_axes=axes)(base, server, states, fresh, ids, shared, *keys)
+
+    return run
 
 
 def _shard(function, mesh, in_specs, out_specs):
@@ -183,35 +191,21 @@ def _shard(function, mesh, in_specs, out_specs):
 
 
 def _by_chunks(function, slots, chunk):
-    """Runs a function of `[chunk, ..]` slots -> (sums, `[chunk, ..]` results) over `[C, ..]` slots, one chunk after another."""
-    states, fresh, batches, last = slots
-    width = batches.width
-    count = fresh.shape[0] // chunk
-
-    def run(part):
-        states, fresh, batches, last = part
-        return function((states, fresh, batches.replace(width=width), last))
-
-    slots = (states, fresh, batches.replace(width=None), last)
+    """Runs a function of `[chunk, ..]` slots -> (sums, `[chunk, ..]` results) over `[C, ..]` slots, chunk after chunk."""
+    count = jax.tree.leaves(slots)[0].shape[0] // chunk
     if count == 1:
-        return run(slots)
+        return function(slots)
     parts = jax.tree.map(lambda leaf: leaf.reshape(count, chunk, *leaf.shape[1:]), slots)
-    zeros = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-        jax.eval_shape(run, jax.tree.map(lambda leaf: leaf[0], parts))[0],
-    )
+    first = jax.tree.map(lambda leaf: leaf[0], parts)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, first)[0])
 
     def body(total, part):
-        sums, results = run(part)
+        sums, results = function(part)
         return trees.add(total, sums), results
 
     total, results = jax.lax.scan(body, zeros, parts)
     return total, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), results)
 
 
-def _except_width(batches: Batches, value, width) -> Batches:
-    """A prefix of `batches` for axes and specs: everything but the widths has a client axis."""
-    return batches.replace(inputs=value, labels=value, weights=value, width=width)
-
-
 _SPLIT = P("clients")
+_SPECS = (P(), P(), _SPLIT, _SPLIT, _SPLIT, _SPLIT, P(), P())

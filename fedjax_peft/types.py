@@ -49,7 +49,7 @@ class Batches:
     inputs: dict[str, Array]  # [.., S, B, T] each
     labels: PyTree  # [.., S, B] for a classifier
     weights: Array  # [.., S, B] float32: 1 for an example, 0 for padding; a step of zeros is skipped
-    width: Array  # [S] int32, never with a client axis: step s is cut to widths[width[s]] tokens
+    width: Array  # [.., S] int32: step s may be cut to widths[width[s]] tokens; clients side by side share the largest
     widths: tuple[int, ...] = struct.field(pytree_node=False, default=())  # ascending, T last
 
 

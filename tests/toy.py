@@ -63,7 +63,7 @@ def batches(seed: int, clients: int, steps: int = 3, size: int = 4, tokens: int 
         inputs={"tokens": ids, "mask": np.arange(tokens) < lengths},
         labels=labels,
         weights=np.ones((clients, steps, size), np.float32),
-        width=np.full(steps, 1, np.int32),
+        width=np.ones((clients, steps), np.int32),
         widths=(tokens // 2, tokens),
     )
 

@@ -3,8 +3,7 @@
     N clients   M examples   C cohort slots   S local steps   B examples of a batch   T tokens   I items
 
 What a client trains on in a round is a pure function of (seed, round, client id). It never depends on the
-slot that the client sits in or on who else is in the cohort. Only `Batches.width`, which changes speed and
-not results, looks at the cohort as a whole.
+slot that the client sits in or on who else is in the cohort.
 """
 
 from collections.abc import Iterator, Sequence
@@ -62,7 +61,7 @@ def cohort(
       seed: seed of the run.
       round: number of the round.
       batch: B, examples of a batch.
-      widths: the run's token widths, ascending. Step s may be cut to widths[width[s]] for the whole cohort.
+      widths: the run's token widths, ascending. A client's step s may be cut to widths[width[s]].
       steps: local steps of a round; or
       epochs: local epochs of a round.
       pad: token id of padding.
@@ -85,7 +84,7 @@ def cohort(
         rows, width = np.take_along_axis(rows, order, -1), np.take_along_axis(width, order, -1)
     shape = (len(ids), count, batch)
     inputs, labels, weights = _gather(store, rows.reshape(shape), widths[-1], pad)
-    width = width.reshape(shape).max(axis=(0, 2), initial=0).astype(np.int32)
+    width = width.reshape(shape).max(axis=2, initial=0).astype(np.int32)
     return Batches(inputs=inputs, labels=labels, weights=weights, width=width, widths=tuple(widths))
 
 
@@ -119,13 +118,16 @@ def items(
             yield Items(inputs, labels, weights, _padded(slot[some], pack, 0).astype(np.int32), packed)
 
 
-def waste(batches: Batches | Items, widths: Sequence[int]) -> tuple[int, int]:
-    """(tokens of examples, tokens computed after the cut to `width`): their ratio is the useful share."""
+def waste(batches: Batches | Items, chunk: int = 1) -> tuple[int, int]:
+    """(tokens of examples, tokens computed): their ratio is the useful share.
+
+    Clients of a chunk work side by side, so each of their steps is as wide as the widest of them needs.
+    """
     real = int((batches.inputs["mask"] & (batches.weights > 0)[..., None]).sum())
     if isinstance(batches, Items):
         return real, batches.inputs["tokens"].size
-    slots, _, examples = batches.weights.shape
-    return real, int(np.asarray(widths, np.int64)[batches.width].sum()) * slots * examples
+    shared = batches.width.reshape(-1, chunk, batches.width.shape[-1]).max(axis=1)
+    return real, int(np.asarray(batches.widths, np.int64)[shared].sum()) * chunk * batches.weights.shape[-1]
 
 
 def _steps(store: federated.Store, ids: np.ndarray, seed: int, start: int, count: int) -> np.ndarray:
