@@ -99,7 +99,7 @@ def test_states_keep_their_types_and_rounds_compile_once(name):
     method = algorithm(name)
     assert isinstance(method, Algorithm)
     mesh, step = federation.compiled(method, (1, 1), 2, len(COHORT))
-    server = rounds.make_init(method, mesh)(jax.random.key(0))
+    server = federation.initial(method)(jax.random.key(0))
     population = begin(method).population
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(server))
     before = _types(server)
@@ -195,7 +195,7 @@ def test_without_training_clients_have_the_base(name):
     method, model = algorithm(name), TABLE[name].model
     state, ids = begin(method), np.arange(4, dtype=np.int32)
     batches = federation.data(0, list(ids))
-    none = jax.tree.map(lambda leaf: leaf[:, :0], batches.replace(width=None)).replace(width=batches.width[:0])
+    none = jax.tree.map(lambda leaf: leaf[:, :0], batches)
     mesh = rounds.make_mesh(1, 1)
     states = jax.tree.map(lambda leaf: leaf[:4], state.population.states)
     personal = rounds.make_personalize(method, mesh, 4)(
@@ -232,8 +232,7 @@ def test_private_arrays_are_not_uploaded(name):
     method, private = algorithm(name), TABLE[name].private
     server = begin(method).server
     client = method.init_client(server, 0, jax.random.key(0))
-    batches = jax.tree.map(lambda leaf: leaf[0], federation.data(0, [0]).replace(width=None))
-    batches = batches.replace(width=np.zeros(3, np.int32))
+    batches = jax.tree.map(lambda leaf: leaf[0], federation.data(0, [0]))
     _, upload, _ = jax.eval_shape(method.client_update, federation.base(), server, client, batches, jax.random.key(0))
     sent = {trees.path_name(path[-1:]) for path, _ in jax.tree_util.tree_leaves_with_path(upload)}
     assert not sent & (private | {"scale"})

@@ -32,7 +32,7 @@ class Played(NamedTuple):
 
 def begin(algorithm: Algorithm, seed: int = 0) -> State:
     """The state before the first round, in numpy arrays that no other state shares."""
-    server = jax.tree.map(np.array, _init(algorithm)(jax.random.key(seed)))
+    server = jax.tree.map(np.array, initial(algorithm)(jax.random.key(seed)))
     return State(server, populations.create(rounds.client_states(algorithm, server), CLIENTS))
 
 
@@ -42,10 +42,10 @@ def data(index: int, ids: list[int]) -> Batches:
     steps, size = batches.weights.shape[1:]
     own = np.arange(steps * size) < EXAMPLES[:, None]
     rows = np.minimum(ids, CLIENTS - 1)
-    taken = jax.tree.map(lambda leaf: leaf[rows], batches.replace(width=None))
+    taken = jax.tree.map(lambda leaf: leaf[rows], batches)
     weights = np.where(np.equal(ids, PADDING)[:, None, None], 0, own[rows].reshape(-1, steps, size))
     tokens = batches.widths[-1]
-    return taken.replace(weights=weights.astype(np.float32), width=np.zeros(steps, np.int32), widths=(tokens,))
+    return taken.replace(weights=weights.astype(np.float32), width=np.zeros((len(rows), steps), np.int32), widths=(tokens,))
 
 
 def members(ids: list[int], absent: tuple[int, ...] = ()) -> Cohort:
@@ -94,7 +94,7 @@ def arguments_of(state, index, ids, devices, *, absent=(), batches=None, seed=0)
         jax.device_put(state.server, everywhere),
         rounds.place(states, devices),
         rounds.place(fresh, devices),
-        rounds.place_batches(batches, devices),
+        rounds.place(batches, devices),
         rounds.place(members(ids, absent), devices),
         index,
         jax.random.key(seed),
@@ -120,7 +120,8 @@ def _base(devices):
 
 
 @functools.cache
-def _init(algorithm):
+def initial(algorithm: Algorithm):
+    """(root key) -> server, jitted."""
     return rounds.make_init(algorithm, rounds.make_mesh(1, 1))
 
 

@@ -58,7 +58,7 @@ def test_the_width_stays_a_branch_when_clients_are_batched():
 def test_narrow_steps_train_like_wide_ones(widths):
     model, base = toy.model(), toy.model().init(KEY)
     given = toy.batches(0, 1)
-    given = jax.tree.map(lambda leaf: leaf[0], given.replace(width=None))
+    given = jax.tree.map(lambda leaf: leaf[0], given)
     given.inputs["mask"][1, :, 3:] = False  # nothing is lost when the second step is cut to three tokens
     start = {"classifier": {"delta": {"kernel": jnp.zeros((12, 3))}}}
 
@@ -89,7 +89,7 @@ def test_each_step_has_its_own_key():
 
 def test_the_loss_is_the_mean_over_examples_and_padding_may_be_anything():
     model, base = toy.model(), toy.model().init(KEY)
-    batch = jax.tree.map(lambda leaf: leaf[0, 0], toy.batches(0, 1).replace(width=None))
+    batch = jax.tree.map(lambda leaf: leaf[0, 0], toy.batches(0, 1))
     loss = local.objective(model, tasks.classification(), base)
     whole = [loss({}, batch.replace(weights=np.eye(4, dtype=np.float32)[i]), KEY)[0] for i in range(3)]
     batch.weights[3], batch.inputs["mask"][3], batch.labels[3] = 0, False, 10**6

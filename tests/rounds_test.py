@@ -176,8 +176,7 @@ def test_local_training_is_a_federation_of_one():
 
 def test_no_steps_of_personalization_evaluate_what_the_server_has():
     state, _ = contract.two_rounds("fedit")
-    batches = jax.tree.map(lambda leaf: leaf[0, :0], federation.data(0, [0]).replace(width=None))
-    batches = batches.replace(width=np.zeros(0, np.int32))
+    batches = jax.tree.map(lambda leaf: leaf[0, :0], federation.data(0, [0]))
     method, key = algorithm("fedit"), jax.random.key(0)
     own = method.personalize(federation.base(), state.server, method.init_client(state.server, 0, key), batches, key)
     assert_same(own, state.server.adapters)
@@ -207,6 +206,16 @@ def test_randomness_follows_the_client_and_the_round():
     other_client = update_norms(2, [0, 4, PADDING, PADDING])
     assert other_client[0] == same[0] != other_client[1]
     assert update_norms(3, [0, 0, PADDING, PADDING])[0] != same[0]
+
+
+@pytest.mark.parametrize("of_host", [np.array, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)])
+def test_a_server_from_the_host_or_only_its_shapes_will_do(of_host):
+    method = algorithm("fedit")
+    devices, step = federation.compiled(method, (2, 2), 1, len(COHORT))
+    arguments = list(federation.arguments_of(begin(method), 0, COHORT, devices))
+    arguments[1:4] = jax.tree.map(of_host, arguments[1:4])
+    shardings = step.lower(*arguments).compile().input_shardings[0]
+    assert all(sharding.is_fully_replicated for sharding in jax.tree.leaves(shardings[1]))
 
 
 def test_leaves_that_alias_one_buffer_can_be_donated():
