@@ -1,0 +1,182 @@
+"""Readers of text data sets: parquet, CSV, TSV and JSON-lines files, folders of them, and the Hugging Face hub.
+
+A table is a dict of columns of equal length: numpy arrays, of dtype object where the values are strings or lists.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pyarrow
+import pyarrow.csv
+import pyarrow.parquet
+
+Table = dict[str, np.ndarray]
+
+UNLABELLED = (-1, "-", "", None)  # what data sets write where annotators did not agree
+
+
+def read(
+    source: str | pathlib.Path, *, split: str, config: str | None = None, columns: Sequence[str] | None = None
+) -> Table:
+    """One split of a data set.
+
+    Args:
+      source: a file .parquet, .csv, .tsv or .jsonl; a folder with [CONFIG/]SPLIT.parquet or the like, also in the hub's
+        layout [CONFIG/ or data/]SPLIT-00000-of-00001.parquet; or the name of a data set on the hub.
+      split: 'train', 'test', ..; a file is one split, whatever it is called.
+      config: subset of the data set, e.g. a language.
+      columns: columns to keep; all by default.
+
+    Raises:
+      ValueError: nothing is there, or a column is missing.
+    """
+    path = pathlib.Path(source).expanduser()
+    if path.is_dir():
+        files = _files(path, split, config)
+        table = pyarrow.concat_tables([_READERS[file.suffix](file) for file in files], promote_options="default")
+    elif path.is_file() and path.suffix in _READERS:
+        table = _READERS[path.suffix](path)
+    elif path.suffix in _READERS or path.exists() or str(source).startswith((".", "/", "~")):
+        kinds = ", ".join(_READERS)
+        raise ValueError(f"{source} is neither a folder nor a file of a known kind ({kinds}); does it exist?")
+    else:
+        table = _from_hub(str(source), split, config)
+    missing = [name for name in columns or () if name not in table.column_names]
+    if missing:
+        raise ValueError(f"{source} ({split}) has no column {missing[0]!r}, only {', '.join(table.column_names)}")
+    return {name: _array(table[name]) for name in columns or table.column_names}
+
+
+def read_configs(
+    source: str | pathlib.Path,
+    configs: Sequence[str],
+    *,
+    split: str,
+    columns: Sequence[str] | None = None,
+    column: str = "language",
+) -> Table:
+    """One split of several subsets, one after the other; the new `column` says which one a row is from."""
+    tables = [read(source, split=split, config=config, columns=columns) for config in configs]
+    for config, table in zip(configs, tables, strict=True):
+        if table.keys() != tables[0].keys():
+            raise ValueError(f"{source}: the columns of {config!r} and {configs[0]!r} differ; choose common `columns`")
+    out = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
+    sizes = [len(next(iter(table.values()))) for table in tables]
+    return out | {column: np.repeat(np.array(configs, object), sizes)}
+
+
+def labelled(table: Table, label: str = "label") -> Table:
+    """The rows that have a gold label."""
+    keep = np.array([value not in UNLABELLED and value == value for value in table[label].tolist()], bool)
+    return {name: column[keep] for name, column in table.items()}
+
+
+def with_labels(
+    splits: dict[str, Table], label: str = "label", names: Sequence[str] | None = None
+) -> tuple[dict[str, Table], tuple[str, ...]]:
+    """Class numbers in the column `label` of all splits, int32, and the names of the classes.
+
+    Args:
+      splits: tables by split, without unlabelled rows.
+      label: column of class numbers or class names.
+      names: all class names, in the order of their numbers. By default those that occur, sorted; numbers are their own
+        names.
+
+    Raises:
+      ValueError: a label that is not among `names`.
+    """
+    values = [value for table in splits.values() for value in table[label].tolist()]
+    if all(isinstance(value, str) for value in values):
+        names = sorted(set(values)) if names is None else list(names)
+        number = {name: i for i, name in enumerate(names)}
+    else:
+        names = [str(i) for i in range(max(values) + 1)] if names is None else list(names)
+        number = {i: i for i in range(len(names))}
+    out = {}
+    for split, table in splits.items():
+        found = [number.get(value, -1) for value in table[label].tolist()]
+        if -1 in found:
+            row = found.index(-1)
+            raise ValueError(
+                f"row {row} of {split} has label {table[label].tolist()[row]!r}, not one of the {len(names)} classes"
+            )
+        out[split] = table | {label: np.array(found, np.int32)}
+    return out, tuple(names)
+
+
+def texts(table: Table, columns: str | Sequence[str]) -> tuple[list[str], list[str] | None]:
+    """(texts, second texts or None) of one column or of a pair of columns.
+
+    Raises:
+      ValueError: a missing column, or a row without text.
+    """
+    columns = [columns] if isinstance(columns, str) else list(columns)
+    if len(columns) not in (1, 2):
+        raise ValueError(f"a model reads one text or a pair of texts, not the {len(columns)} columns {columns}")
+    for name in columns:
+        if name not in table:
+            raise ValueError(f"there is no text column {name!r}, only {', '.join(table)}")
+        rows = [row for row, text in enumerate(table[name]) if not isinstance(text, str)]
+        if rows:
+            raise ValueError(f"row {rows[0]} of column {name!r} holds {table[name][rows[0]]!r} instead of a text")
+    first, second = table[columns[0]], table[columns[1]] if len(columns) == 2 else None
+    return list(first), None if second is None else list(second)
+
+
+def _files(folder: pathlib.Path, split: str, config: str | None) -> list[pathlib.Path]:
+    """The files of a split: one, or the numbered parts of the hub's layout."""
+    places = [folder / config] if config else [folder, folder / "data"]
+    for place in places:
+        for suffix in _READERS:
+            if (place / f"{split}{suffix}").is_file():
+                return [place / f"{split}{suffix}"]
+            if parts := sorted(place.glob(f"{split}-[0-9]*{suffix}")):
+                return parts
+    there = sorted(p.name for p in places[0].iterdir()) if places[0].is_dir() else []
+    found = f"only {', '.join(there[:8])}" if there else "which does not exist or is empty"
+    raise ValueError(f"no {split} split (as {split}.parquet, for example) in {places[0]}, {found}")
+
+
+def _from_hub(name: str, split: str, config: str | None) -> pyarrow.Table:
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, config, split=split).with_format("arrow")[:]
+    except Exception as error:  # missing data sets, no network and bad configs all differ in type
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"no data set {name!r} ({config=}, {split=}) on this machine, and the hub did not give it: {reason}"
+        ) from None
+
+
+def _jsonl(path: pathlib.Path) -> pyarrow.Table:
+    with open(path, encoding="utf-8") as lines:
+        return pyarrow.Table.from_pylist([json.loads(line) for line in lines if line.strip()])
+
+
+def _csv(path: pathlib.Path) -> pyarrow.Table:
+    return pyarrow.csv.read_csv(path, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True))
+
+
+def _tsv(path: pathlib.Path) -> pyarrow.Table:
+    # Tab-separated benchmark files have unbalanced quotes in their texts.
+    return pyarrow.csv.read_csv(path, parse_options=pyarrow.csv.ParseOptions(delimiter="\t", quote_char=False))
+
+
+_READERS: dict[str, Callable[[pathlib.Path], pyarrow.Table]] = {
+    ".parquet": pyarrow.parquet.read_table,
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".jsonl": _jsonl,
+}
+
+
+def _array(column: pyarrow.ChunkedArray) -> np.ndarray:
+    numeric = pyarrow.types.is_integer(column.type) or pyarrow.types.is_floating(column.type)
+    if numeric and column.null_count == 0:
+        return column.to_numpy()
+    out = np.empty(len(column), object)
+    out[:] = column.to_pylist()
+    return out
