@@ -79,7 +79,7 @@ def gain(clients: Sequence[Outcome], metric: str, title: str) -> figure.Figure:
     for (color, marker), (pool, members) in zip(itertools.cycle(POOLS), _by("pool", clients).items(), strict=False):
         change = _values(members, "personal") - _values(members, "global")
         area = [12 + 188 * client.test / largest for client in members]
-        # On a logarithmic axis clients without training examples stand at the left of those with one.
+        # A logarithmic axis has no zero.
         size = [max(client.train, 0.5) for client in members]
         panel.scatter(size, change, area, color=color, marker=marker, alpha=0.6, linewidth=0)
         label = f"{pool}: mean {change.mean():+.3f}"
@@ -88,7 +88,10 @@ def gain(clients: Sequence[Outcome], metric: str, title: str) -> figure.Figure:
     panel.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     panel.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
     panel.xaxis.set_minor_formatter(ticker.NullFormatter())
-    panel.set(xlabel="training examples of the client", ylabel=f"change of {axis_label(metric)} by personalization")
+    none = " (none: 0.5)" if any(client.train == 0 for client in clients) else ""
+    panel.set(
+        xlabel=f"training examples of the client{none}", ylabel=f"change of {axis_label(metric)} by personalization"
+    )
     panel.set_title(f"{title}; area: the client's test examples, {largest:,} at most")
     panel.grid(axis="y", color="0.92")
     panel.legend(handles=handles)

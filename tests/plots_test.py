@@ -199,3 +199,10 @@ def test_gain_is_personalized_less_federated():
     np.testing.assert_allclose(seen.get_offsets(), [[1, 0.1], [2, 0.11], [3, 0.12]])
     np.testing.assert_allclose(unseen.get_offsets(), [[4, 0.13], [5, 0.14]])
     assert np.all(np.diff([*seen.get_sizes(), *unseen.get_sizes()]) > 0)
+
+
+def test_clients_without_training_examples_stand_left_of_one():
+    rows = make_rows(2, 2, train_examples=0)
+    panel = client_plots.gain(client_plots.outcomes(rows, "accuracy", 4), "accuracy", "title").axes[0]
+    np.testing.assert_allclose(panel.collections[0].get_offsets()[:, 0], 0.5)
+    assert panel.get_xlabel().endswith("(none: 0.5)")
