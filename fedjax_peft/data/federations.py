@@ -3,13 +3,19 @@
 A config names one of these functions in `data.name`; the other keys of `data` are its arguments.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import collections
+import itertools
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fedjax_peft.data import chatterbot as corpus
+from fedjax_peft.data import cache as partition_cache
 from fedjax_peft.data import federated
+from fedjax_peft.data import partition as partitions
+from fedjax_peft.data import text as text_data
 
 Encode = Callable[[Sequence[str], Sequence[str] | None], federated.Encoded]
 
@@ -52,6 +58,92 @@ def chatterbot(encode: Encode, *, seed: int = 0, test_fraction: float = 0.2, min
     return Federation(stores["train"], stores["test"], names, names, pools, data.topics)
 
 
+def table(
+    encode: Encode,
+    *,
+    source: str,
+    text: str | Sequence[str],
+    partition: Mapping[str, Any],
+    label: str = "label",
+    configs: Sequence[str] = (),
+    group: str | None = None,
+    train: str = "train",
+    test: str | None = "test",
+    test_fraction: float = 0.2,
+    unseen: int = 0,
+    seed: int = 0,
+    cache: str = "~/.cache/fedjax_peft/partitions",
+) -> Federation:
+    """A labelled data set from files or from the hub, spread over clients by a function of data/partition.py.
+
+    Args:
+      encode: (texts, second texts or None) -> token sequences.
+      source: file, folder or hub name; see `text.read`.
+      text: column of texts, or two columns of a pair.
+      partition: `name` of the partitioner and its settings, its own `seed` among them.
+      label: column of classes; rows without a gold label are left out.
+      configs: subsets to read one after the other; the new column `language` tells them apart.
+      group: column that results are broken down by; the subset if there are several.
+      train, test: splits; with `test` None, a share `test_fraction` of the training rows is held out at random.
+      unseen: clients that never train, drawn at random. A partition with `pools` 2 brings its own.
+      seed: of hold-out and unseen clients.
+      cache: folder of computed partitions.
+    """
+    splits = {"train": train} if test is None else {"train": train, "test": test}
+    tables = {name: text_data.labelled(_read(source, configs, split), label) for name, split in splits.items()}
+    tables, classes = text_data.with_labels(tables, label)
+    if test is None:
+        tables = _held_out(tables["train"], test_fraction, seed)
+    group = group or ("language" if configs else None)
+    settings = dict(partition)
+    name = settings.pop("name", None)
+    partitioner = getattr(partitions, str(name), None)
+    if name is None or name.startswith("_") or not callable(partitioner):
+        raise ValueError(f"data.partition.name is {name!r}, which is no function of data/partition.py")
+    columns = {key for key in (label, settings.get("column")) if key is not None}
+    reads = {split: {key: rows[key] for key in columns if key in rows} for split, rows in tables.items()}
+    clients = partition_cache.cached(pathlib.Path(cache).expanduser(), partitioner, reads, **settings)
+    stores = {}
+    for split, rows in tables.items():
+        encoded = encode(*text_data.texts(rows, text))
+        empty = split == "test"
+        stores[split] = federated.build(encoded, rows[label], clients[split], classes=len(classes), allow_empty=empty)
+    count = len(clients["train"])
+    groups = _groups(tables["train"], group, clients["train"])
+    numbers = {value: itertools.count() for value in groups}
+    names = tuple(f"{value}/{next(numbers[value])}" for value in groups)
+    if settings.get("pools", 1) == 2:
+        pools = {"seen": np.arange(count // 2, dtype=np.int32), "unseen": np.arange(count // 2, count, dtype=np.int32)}
+    else:
+        pools = federated.pools(count, unseen, seed) if unseen else {"seen": np.arange(count, dtype=np.int32)}
+    return Federation(stores["train"], stores["test"], names, groups, pools, classes)
+
+
+def _read(source, configs, split):
+    if configs:
+        return text_data.read_configs(source, configs, split=split)
+    return text_data.read(source, split=split)
+
+
+def _held_out(rows, fraction, seed):
+    size = len(next(iter(rows.values())))
+    order = np.random.default_rng(seed).permutation(size)
+    cut = round(size * (1 - fraction))
+    return {
+        split: {name: column[np.sort(part)] for name, column in rows.items()}
+        for split, part in (("train", order[:cut]), ("test", order[cut:]))
+    }
+
+
+def _groups(rows, group, clients) -> tuple[str, ...]:
+    """The value of the column `group` that most of a client's rows have; `all` without such a column."""
+    if group is None:
+        return ("all",) * len(clients)
+    if group not in rows:
+        raise ValueError(f"data.group is {group!r}, but the columns are {', '.join(rows)}")
+    return tuple(str(collections.Counter(rows[group][own].tolist()).most_common(1)[0][0]) for own in clients)
+
+
 def majority(federation: Federation) -> np.ndarray:
     """[N] accuracy on a client's test examples of always answering its most frequent training label (NaN without tests)."""
     shares = []
@@ -71,4 +163,4 @@ def with_everybody(federation: Federation) -> federated.Store:
     return federated.build(encoded, train.labels, [*clients, everybody], allow_empty=True)
 
 
-ALL = {factory.__name__: factory for factory in (chatterbot,)}
+ALL = {factory.__name__: factory for factory in (chatterbot, table)}
