@@ -33,7 +33,7 @@ def write_run(
 ) -> pathlib.Path:
     """A finished run of two rounds, written as `loop.run` writes it."""
     workdir.mkdir()
-    names = [metric] if metric == "loss" else [metric, "loss"]
+    names = ["loss"] if metric == "loss" else ["loss", metric]
     points = {"base": (0, "global"), "global": (2, "global"), "personal": (2, "personal")}
     rows = [
         {
