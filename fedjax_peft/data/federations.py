@@ -65,6 +65,7 @@ def table(
     text: str | Sequence[str],
     partition: Mapping[str, Any],
     label: str = "label",
+    classes: Sequence[str] | None = None,
     configs: Sequence[str] = (),
     group: str | None = None,
     train: str = "train",
@@ -82,6 +83,7 @@ def table(
       text: column of texts, or two columns of a pair.
       partition: `name` of the partitioner and its settings, its own `seed` among them.
       label: column of classes; rows without a gold label are left out.
+      classes: names of all classes in the order of their numbers; by default those that occur.
       configs: subsets to read one after the other; the new column `language` tells them apart.
       group: column that results are broken down by; the subset if there are several.
       train, test: splits; with `test` None, a share `test_fraction` of the training rows is held out at random.
@@ -91,7 +93,7 @@ def table(
     """
     splits = {"train": train} if test is None else {"train": train, "test": test}
     tables = {name: text_data.labelled(_read(source, configs, split), label) for name, split in splits.items()}
-    tables, classes = text_data.with_labels(tables, label)
+    tables, classes = text_data.with_labels(tables, label, classes)
     if test is None:
         tables = _held_out(tables["train"], test_fraction, seed)
     group = group or ("language" if configs else None)

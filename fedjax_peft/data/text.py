@@ -68,7 +68,9 @@ def read_configs(
 
 
 def labelled(table: Table, label: str = "label") -> Table:
-    """The rows that have a gold label."""
+    """The rows that have a gold label. ValueError without a column of labels."""
+    if label not in table:
+        raise ValueError(f"there is no label column {label!r}, only {', '.join(table)}")
     keep = np.array([value not in UNLABELLED and value == value for value in table[label].tolist()], bool)
     return {name: column[keep] for name, column in table.items()}
 

@@ -1,0 +1,91 @@
+"""Evaluation: every test example counts once, whatever the grouping, and statistics are what their names say."""
+
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import toy
+from fedjax_peft import adapters, evaluate, population, rounds, tasks
+from fedjax_peft.algorithms import fedavg
+from fedjax_peft.data import batches, federated
+
+CLIENTS = 5
+
+
+@pytest.fixture(scope="module")
+def store():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 7, 40)
+    encoded = federated.Encoded(
+        rng.integers(0, toy.VOCABULARY, lengths.sum()).astype(np.int32),
+        None,
+        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+    )
+    sizes = (3, 9, 0, 20, 8)
+    parts = np.split(np.arange(40), np.cumsum(sizes)[:-1])
+    return federated.build(encoded, rng.integers(0, toy.CLASSES, 40), parts, allow_empty=True)
+
+
+def scores(store, chunk, pack, ids, steps=0, devices=1):
+    model, task, key = toy.model(), tasks.classification(), jax.random.key(0)
+    base = model.init(key)
+    init = functools.partial(adapters.init, shapes=base, rank=2, targets="query")
+    algorithm = fedavg.fedit(model, task, init, optax.sgd(0.5))
+    mesh = rounds.make_mesh(devices)
+    server = rounds.make_init(algorithm, mesh)(key)
+    people = population.create(rounds.client_states(algorithm, server), CLIENTS)
+    judge = evaluate.make_evaluate(
+        algorithm,
+        model,
+        task,
+        mesh,
+        chunk=chunk,
+        support=lambda ids: batches.cohort(store, ids, seed=0, round=0, batch=4, steps=steps, widths=(3, 6)),
+        items=lambda ids: batches.items(store, ids, batch=4, pack=pack, widths=(3, 6)),
+    )
+    return judge(rounds.shard_base(base, mesh), server, people, np.asarray(ids), 0, key), model, base
+
+
+def test_means_over_examples_equal_a_plain_loop(store):
+    result, model, base = scores(store, chunk=2, pack=3, ids=range(CLIENTS))
+    assert result.examples.tolist() == [3, 9, 0, 20, 8]
+    for client in (0, 1, 3, 4):
+        right = []
+        for row in federated.rows(store, client):
+            tokens = store.tokens[store.token_offsets[row] : store.token_offsets[row + 1]][None]
+            logits = model.apply(base, {}, {"tokens": tokens, "mask": np.ones_like(tokens, bool)})
+            right.append(int(np.argmax(logits)) == store.labels[row])
+        np.testing.assert_allclose(result.metrics["accuracy"][client], np.mean(right), rtol=1e-6)
+    assert np.isnan(result.metrics["accuracy"][2])
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_grouping_changes_nothing(store, steps):
+    one = scores(store, chunk=1, pack=1, ids=[4, 3, 1], steps=steps)[0]
+    other = scores(store, chunk=2, pack=5, ids=[4, 3, 1], steps=steps, devices=2)[0]
+    assert one.examples.tolist() == other.examples.tolist() == [8, 20, 9]
+    for name in one.metrics:
+        np.testing.assert_allclose(one.metrics[name], other.metrics[name], rtol=1e-5)
+
+
+def test_personalization_is_the_clients_own(store):
+    alone = scores(store, chunk=1, pack=4, ids=[3], steps=3)[0].metrics["loss"]
+    together = scores(store, chunk=4, pack=4, ids=[0, 1, 3, 4], steps=3)[0].metrics["loss"]
+    np.testing.assert_allclose(alone[0], together[2], rtol=1e-5)
+
+
+def test_statistics():
+    rows = [
+        {"examples": n, "group": group, "loss": loss, "accuracy": accuracy}
+        for n, group, loss, accuracy in [(10, "a", 1.0, 0.5), (30, "a", 2.0, 0.9), (10, "b", 4.0, 0.1), (0, "b", 9.0, 0.0)]
+    ]
+    summary = evaluate.summarize(rows, ["loss", "accuracy"])
+    assert (summary["clients"], summary["examples"]) == (3, 50)
+    assert summary["accuracy"]["mean"] == pytest.approx(0.5)
+    assert summary["accuracy"]["std"] == pytest.approx(np.std([0.5, 0.9, 0.1]))
+    assert summary["accuracy"]["pooled"] == pytest.approx((5 + 27 + 1) / 50)
+    assert summary["accuracy"]["worst_10_percent"] == 0.1 and summary["loss"]["worst_10_percent"] == 4.0
+    assert summary["accuracy"]["groups"] == pytest.approx({"a": 0.8, "b": 0.1})
