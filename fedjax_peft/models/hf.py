@@ -202,10 +202,12 @@ def _rows(part: Any, rows: np.ndarray | None) -> np.ndarray:
     if rows is None:
         return part[...]
     kept = np.empty((len(rows), *part.get_shape()[1:]), part[:1].dtype)
-    for start in range(0, part.get_shape()[0], _ROWS):
-        inside = (start <= rows) & (rows < start + _ROWS)
+    size = part.get_shape()[0]
+    for start in range(0, size, _ROWS):
+        stop = min(start + _ROWS, size)
+        inside = (start <= rows) & (rows < stop)
         if inside.any():
-            kept[inside] = part[start : start + _ROWS][rows[inside] - start]
+            kept[inside] = part[start:stop][rows[inside] - start]
     return kept
 
 

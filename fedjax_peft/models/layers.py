@@ -7,6 +7,7 @@ randomness was asked for.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -73,7 +74,7 @@ class LayerNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
         x = x - jnp.mean(x, -1, keepdims=True)
-        x = x / jnp.sqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + self.epsilon)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + self.epsilon)
         y = x * _along_last(scale, x) + _along_last(bias, x)
         return _with_delta(self, x, y).astype(self.dtype)
 
