@@ -20,7 +20,7 @@ class WeightedSum(NamedTuple):
 
 
 def weighted_sum(uploads: PyTree, cohort: Cohort, weighting: str) -> WeightedSum:
-    """Sums uploads `[C, ..]` with the clients' examples or with 1 as weights; slots that did not report weigh nothing."""
+    """Sums uploads `[C, ..]` weighted by the clients' examples or by 1; slots that did not report weigh nothing."""
     weights = cohort.examples if weighting == "examples" else jnp.ones_like(cohort.examples)
     weights = jnp.where(cohort.reported, weights, 0.0)
     total = jax.tree.map(lambda leaf: jnp.tensordot(weights, leaf, axes=1), uploads)

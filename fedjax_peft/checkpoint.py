@@ -1,7 +1,7 @@
 """Everything a run needs to go on, written atomically by Orbax.
 
-A checkpoint is one step of an Orbax manager; a step that was not finished is never listed, and a step that cannot be read is
-passed over with a warning.
+A checkpoint is one step of an Orbax manager; a step that was not finished is never listed, and a step that cannot be
+read is passed over with a warning.
 """
 
 import logging
@@ -38,7 +38,7 @@ def restore(checkpoints: Any, target: PyTree) -> Restored | None:
     """The newest checkpoint that can be read, or None if there is none.
 
     Args:
-      target: a pytree like the one saved, of arrays or of shapes with shardings: it may lie on other devices than the saved one.
+      target: a pytree like the one saved, of arrays or of shapes with shardings; it may lie on other devices.
     """
     for step in sorted(checkpoints.all_steps(), reverse=True):
         try:

@@ -27,7 +27,7 @@ def choose(
 ) -> int:
     """The chunk with the fastest round among those that fit, measured once per run directory.
 
-    A chunk can change results by rounding, so the choice is written to chunk.json and a resumed run uses it again.
+    A chunk changes results by rounding, so the choice is written to chunk.json and a resumed run uses it again.
 
     Args:
       workdir: run directory.

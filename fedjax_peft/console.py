@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import rich.console
+import rich.markup
 import rich.progress
 import rich.table
 
@@ -27,10 +28,18 @@ def progress(total: int, start: int) -> Iterator[Callable[[Mapping[str, Any]], N
     if not sys.stderr.isatty():
 
         def log(line):
+            speed, seconds = line["tokens_per_second"], line["seconds"]
+            left = seconds * (total - line["round"] - 1)
+            loss = _number(line["loss"])
             logger.info(
-                "round %d/%d  loss %.4f  %.0f tokens/s  %.1f s",
-                line["round"] + 1, total, line["loss"], line["tokens_per_second"], line["seconds"],
-            )  # fmt: skip
+                "round %d/%d  loss %s  %.0f tokens/s  %.1f s  %.0f s left",
+                line["round"] + 1,
+                total,
+                loss,
+                speed,
+                seconds,
+                left,
+            )
 
         yield log
         return
@@ -38,25 +47,31 @@ def progress(total: int, start: int) -> Iterator[Callable[[Mapping[str, Any]], N
         rich.progress.TextColumn("round"),
         rich.progress.MofNCompleteColumn(),
         rich.progress.BarColumn(),
-        rich.progress.TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:,.0f} tokens/s"),
+        rich.progress.TextColumn("loss {task.fields[loss]}  {task.fields[speed]:,.0f} tokens/s"),
         rich.progress.TimeElapsedColumn(),
         rich.progress.TextColumn("left"),
         rich.progress.TimeRemainingColumn(),
     )
     with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True)) as bar:
-        task = bar.add_task("rounds", total=total, completed=start, loss=float("nan"), speed=0.0)
+        task = bar.add_task("rounds", total=total, completed=start, loss="-", speed=0.0)
 
         def update(line):
-            bar.update(task, completed=line["round"] + 1, loss=line["loss"], speed=line["tokens_per_second"])
+            bar.update(task, completed=line["round"] + 1, loss=_number(line["loss"]), speed=line["tokens_per_second"])
 
         yield update
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Prints a table on standard output; numbers to the right, fractions with three digits."""
     shown = rich.table.Table(title=title, title_justify="left")
-    for column, example in zip(columns, rows[0], strict=True):
-        shown.add_column(column, justify="left" if isinstance(example, str) else "right")
+    for position, column in enumerate(columns):
+        text = all(isinstance(row[position], str) for row in rows)
+        shown.add_column(column, justify="left" if text else "right")
     for row in rows:
-        shown.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row))
+        cells = (f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row)
+        shown.add_row(*map(rich.markup.escape, cells))
     rich.console.Console(width=None if sys.stdout.isatty() else 120).print(shown)

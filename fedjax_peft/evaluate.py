@@ -1,4 +1,4 @@
-"""Judges any algorithm from the adapters that it personalizes: the same code for all, so that comparisons cannot drift."""
+"""Judges any algorithm from the adapters that it personalizes: one code for all, so that comparisons cannot drift."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -62,9 +62,13 @@ def make_evaluate(
                 round_index,
                 root,
             )
-            parts.append(_score_group(score, base, adapters, items(slots), len(slots), len(own)))
-        joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-        examples, sums = joined
+            parts.append(_score_group(score, base, adapters, items(slots), len(own)))
+        known = [part for part in parts if part is not None]
+        if not known:
+            raise ValueError(f"none of the {len(ids)} clients to evaluate has a test example")
+        nothing = jax.tree.map(lambda leaf: np.zeros(group, leaf.dtype), known[0])
+        joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(part or nothing for part in parts))
+        examples, sums = jax.tree.map(lambda leaf: leaf[: len(ids)], joined)
         return Scores(np.asarray(ids, np.int32), examples, _means(sums, examples))
 
     return evaluate
@@ -103,6 +107,8 @@ def summarize(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> dict
       pooled mean over examples, and the pooled mean of each group; beside them the numbers of clients and examples.
     """
     rows = [row for row in rows if row["examples"]]
+    if not rows:
+        return {"clients": 0, "examples": 0}
     examples = np.array([row["examples"] for row in rows], np.float64)
     groups = sorted({row["group"] for row in rows})
     summary: dict[str, Any] = {"clients": len(rows), "examples": int(examples.sum())}
@@ -123,13 +129,14 @@ def summarize(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> dict
     return summary
 
 
-def _score_group(score, base, adapters, items, slots, real) -> tuple[np.ndarray, PyTree]:
+def _score_group(score, base, adapters, items, real) -> tuple[np.ndarray, PyTree] | None:
+    """(examples, sums) of the clients in the first `real` slots; None if none of them has a test example."""
     total = None
     for item in items:
         sums = score(base, adapters, item.inputs, item.labels, item.weights, item.slots)
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
     if total is None:
-        raise ValueError(f"none of the {real} clients to evaluate has a test example")
+        return None
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64)[:real], total)
 
 

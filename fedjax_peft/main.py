@@ -8,7 +8,8 @@ from ml_collections import config_flags
 
 USAGE = """usage: fedjax-peft COMMAND [flags]
 
-  run    --config=FILE.py[:VARIANT] --workdir=DIR [--config.KEY=VALUE ..]   run an experiment, or go on with it
+  run     --config=FILE.py[:VARIANT] --workdir=DIR [--config.KEY=VALUE ..]   run an experiment, or go on with it
+  report  WORKDIR [WORKDIR ..]                    table and plots of a finished run, or one table of several runs
 """
 
 
@@ -41,7 +42,16 @@ def run(arguments: list[str]) -> None:
     report.show(values.workdir)
 
 
-COMMANDS = {"run": run}
+def report(arguments: list[str]) -> None:
+    """`report`: see USAGE."""
+    from fedjax_peft import report as reports
+
+    if not arguments or arguments[0].startswith("-"):
+        raise ValueError("report needs one or more run directories: fedjax-peft report WORKDIR [WORKDIR ..]")
+    reports.show(arguments[0]) if len(arguments) == 1 else reports.compare(arguments)
+
+
+COMMANDS = {"run": run, "report": report}
 
 
 def _flags(arguments: list[str]) -> flags.FlagValues:
@@ -57,6 +67,10 @@ def _flags(arguments: list[str]) -> flags.FlagValues:
     for name in ("config", "workdir"):
         if values[name].value is None:
             raise ValueError(f"--{name} is missing")
+    try:
+        values.config.keys()
+    except OSError as error:
+        raise ValueError(" ".join(str(error).split())) from None
     return values
 
 

@@ -11,7 +11,17 @@ from etils import epath
 
 from fedjax_peft import metrics
 
-PACKAGES = ("fedjax_peft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "ml-collections")
+PACKAGES = (
+    "fedjax_peft",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "tokenizers",
+    "ml-collections",
+)
 
 
 def check(workdir: epath.PathLike, experiment: Mapping[str, Any], hashes: Mapping[str, str] | None = None) -> None:
@@ -27,7 +37,11 @@ def check(workdir: epath.PathLike, experiment: Mapping[str, Any], hashes: Mappin
     old, new = _flat(manifest["experiment"]), _flat(experiment)
     if hashes is not None:
         old, new = old | _flat({"sha256": manifest["sha256"]}), new | _flat({"sha256": hashes})
-    changes = [f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in sorted(old | new) if old.get(key) != new.get(key)]
+    changes = [
+        f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
+        for key in sorted(old | new)
+        if old.get(key) != new.get(key)
+    ]
     if changes:
         raise ValueError(f"workdir {workdir} holds another experiment: {'; '.join(changes)}; choose another workdir")
 
@@ -61,7 +75,9 @@ def write(
 
 def _commit() -> str | None:
     folder = epath.Path(__file__).parent
-    result = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True, check=False
+    )
     return result.stdout.strip() or None
 
 

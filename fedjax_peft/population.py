@@ -25,7 +25,7 @@ def create(shapes: PyTree, clients: int) -> Population:
 
 
 def gather(population: Population, ids: np.ndarray) -> tuple[PyTree, np.ndarray]:
-    """States `[C, ..]` of the clients `ids` `[C]`, and `fresh` `[C]`: which of them have none yet. Padding ids N are fresh."""
+    """States `[C, ..]` of the clients `ids` `[C]`, and `fresh` `[C]`: who has none yet. Padding ids N are fresh."""
     clients = len(population.known)
     rows = np.minimum(ids, clients - 1)
     fresh = (ids >= clients) | ~population.known[rows]

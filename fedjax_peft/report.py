@@ -81,12 +81,11 @@ def _read(workdir: epath.PathLike) -> _Run:
         if not (workdir / name).exists():
             raise ValueError(f"workdir {workdir} has no finished run: {name} is missing")
     manifest, summary = (metrics.read_json(workdir / name) for name in ("manifest.json", "summary.json"))
-    pools = {name: pool for name, pool in summary.items() if name != "rounds"}
-    statistics = next(iter(pools.values()))["personal"]
+    statistics = next(iter(summary["pools"].values()))["personal"]
     names = [name for name, value in statistics.items() if isinstance(value, Mapping)]
     metric = next((name for name in names if name != "loss"), "loss")
     experiment = traverse_util.flatten_dict(manifest["experiment"], sep=".")
-    return _Run(workdir, experiment, manifest["sha256"], summary["rounds"], pools, metric)
+    return _Run(workdir, experiment, manifest["sha256"], summary["rounds"], summary["pools"], metric)
 
 
 def _table(run: _Run, rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:

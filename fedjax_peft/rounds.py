@@ -1,7 +1,8 @@
 """One round of a whole federation as one jitted step: the only place, beside evaluation, that knows of a client axis.
 
-Clients of the cohort are sharded over the mesh axis `clients`; on each device they are worked on in chunks, the clients of a
-chunk side by side under `vmap`. Keys follow the client's id, padding is selected away, and uploads are folded chunk by chunk.
+Clients of the cohort are sharded over the mesh axis `clients`; on each device they are worked on in chunks, the clients
+of a chunk side by side under `vmap`. Keys follow the client's id, padding is selected away, and uploads are folded chunk
+by chunk.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fedjax_peft import trees
-from fedjax_peft.types import Algorithm, Array, Batches, Cohort, PyTree
+from fedjax_peft.types import Algorithm, Array, PyTree
 
 # Streams of randomness that hang off the run's root key.
 SERVER, CLIENT, ROUND, PERSONALIZE = range(4)
@@ -39,7 +40,7 @@ def make_mesh(clients: int | None = None, model: int = 1) -> Mesh:
 
 
 def shard_base(base: PyTree, mesh: Mesh) -> PyTree:
-    """Puts the base on the mesh: replicated over `clients`, matrices split over `model` by their last axis if it divides."""
+    """Puts the base on the mesh: replicated over `clients`, matrices split over `model` by their last axis."""
 
     def place(leaf):
         split = leaf.ndim >= 2 and leaf.shape[-1] % mesh.shape["model"] == 0
@@ -84,10 +85,11 @@ def make_round(algorithm: Algorithm, mesh: Mesh, chunk: int) -> Callable:
       chunk: clients that a device works on at once; the cohort's slots must fill whole chunks (`slots_for`).
 
     Returns:
-      (base, server, states, fresh, batches, cohort, round, root) -> (server, states, cohort, metrics). `states` `[C, ..]` are
-      the stored states of the slots and `fresh` `[C]` says which clients have none yet. Server and states are donated. In the
-      returned cohort `reported` is False also for clients whose loss, state or upload is not finite; their states
-      come back unchanged. Metrics: `clients` a dict of `[C]`, `finite` `[C]`, `server` a dict of scalars.
+      (base, server, states, fresh, batches, cohort, round, root) -> (server, states, cohort, metrics). `states`
+      `[C, ..]` are the stored states of the slots and `fresh` `[C]` says which clients have none yet. Server and states
+      are donated. In the returned cohort `reported` is False also for clients whose loss, state or upload is not
+      finite; their states come back unchanged. Metrics: `clients` a dict of `[C]`, `finite` `[C]`, `server` a dict of
+      scalars.
     """
 
     def one_client(base, server, state, fresh, client_id, batches, round_key, client_key):
@@ -191,7 +193,7 @@ def _shard(function, mesh, in_specs, out_specs):
 
 
 def _by_chunks(function, slots, chunk):
-    """Runs a function of `[chunk, ..]` slots -> (sums, `[chunk, ..]` results) over `[C, ..]` slots, chunk after chunk."""
+    """Runs a function of `[chunk, ..]` slots -> (sums, `[chunk, ..]` results) over `[C, ..]` slots, one after another."""
     count = jax.tree.leaves(slots)[0].shape[0] // chunk
     if count == 1:
         return function(slots)

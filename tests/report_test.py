@@ -45,9 +45,9 @@ def write_run(
         for stage, (index, point) in enumerate(points.values())
         for client, (name, (group, pool, train, test, majority, values)) in enumerate(clients.items())
     ]  # fmt: skip
-    summary: dict[str, Any] = {"rounds": 2}
+    summary: dict[str, Any] = {"rounds": 2, "pools": {}}
     for pool in dict.fromkeys(row["pool"] for row in rows):
-        summary[pool] = {
+        summary["pools"][pool] = {
             name: evaluate.summarize(
                 [row for row in rows if (row["pool"], row["round"], row["point"]) == (pool, *key)], names
             )

@@ -1,4 +1,4 @@
-"""A Hugging Face folder of a tiny random BERT with a byte tokenizer, written without torch, and a config that trains it."""
+"""A Hugging Face folder of a tiny random BERT with a byte tokenizer, written without torch, and a config for it."""
 
 import json
 import pathlib
@@ -81,7 +81,7 @@ def _weights(vocabulary: int, rng: np.random.Generator) -> dict[str, np.ndarray]
     return weights
 
 
-CONFIG = '''
+CONFIG = """
 from fedjax_peft import experiment
 
 def get_config():
@@ -92,6 +92,7 @@ def get_config():
     config.widths = 2
     config.data.name = "chatterbot"
     config.model.source = {source!r}
+    config.model.pool = "mean"
     config.adapter.rank = 2
     config.optimizer.learning_rate = 0.01
     config.algorithm.name = "fedsa_lora"
@@ -106,7 +107,7 @@ def get_config():
     config.run.chunk = 4
     config.run.checkpoint_every = 1
     return config
-'''
+"""
 
 
 def write_config(folder: pathlib.Path) -> pathlib.Path:

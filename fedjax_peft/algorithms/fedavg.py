@@ -47,7 +47,7 @@ def fedavg(
     weighting: str = "examples",
     keep_optimizer: bool = False,
     proximal: float = 0.0,
-    schedule: optax.Schedule = optax.constant_schedule(1.0),
+    schedule: optax.Schedule | None = None,
 ) -> Algorithm:
     """FedAvg over adapters.
 
@@ -61,7 +61,7 @@ def fedavg(
       weighting: `examples` (p_k = n_k / sum n) or `uniform`, over the clients that reported.
       keep_optimizer: clients keep their moments from round to round instead of starting afresh.
       proximal: FedProx' mu in mu/2 |theta - theta_g|^2 over the shared leaves.
-      schedule: round -> factor on the client's learning rate.
+      schedule: round -> factor on the client's learning rate; None is 1.
     """
     aggregate.check_weighting(weighting)
     if proximal < 0:
@@ -96,7 +96,7 @@ def fedavg(
 
         start = trees.join(shared, client.private)
         moments = client.optimizer if keep_optimizer else optimizer.init(start)
-        rate = schedule(server.round)
+        rate = 1.0 if schedule is None else schedule(server.round)
         trained, moments, metrics = local.train(objective, optimizer, start, moments, batches, key, rate=rate)
         client = Client(trees.select(trained, private), moments if keep_optimizer else ())
         return trees.join(trained, fixed), client, metrics
@@ -150,7 +150,7 @@ def ffa_lora(model, task, init_adapters, optimizer, **settings) -> Algorithm:
 
 
 def fedsa_lora(model, task, init_adapters, optimizer, *, private_head: bool = True, **settings) -> Algorithm:
-    """FedSA-LoRA: only A is shared; B stays with the client, and so does the head, as in the reference configuration."""
+    """FedSA-LoRA: only A is shared; B stays with the client, and so does the head, as in the reference code."""
 
     def private(leaf):
         return leaf == "b" or (private_head and leaf not in ("a", "scale"))

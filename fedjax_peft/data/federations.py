@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedjax_peft.data import chatterbot as corpus
 from fedjax_peft.data import cache as partition_cache
+from fedjax_peft.data import chatterbot as corpus
 from fedjax_peft.data import federated
 from fedjax_peft.data import partition as partitions
 from fedjax_peft.data import text as text_data
