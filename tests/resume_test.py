@@ -5,11 +5,12 @@ import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
-
 import tiny
+
 from fedjax_peft import metrics
 
 
@@ -27,8 +28,16 @@ def whole(config, tmp_path_factory) -> pathlib.Path:
     return workdir
 
 
+ENVIRONMENT = {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    # Compiled once for all processes.
+    "JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
+
+
 def start(config, workdir, *overrides) -> subprocess.Popen:
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = os.environ | ENVIRONMENT
     command = [sys.executable, "-m", "fedjax_peft.main", "run", f"--config={config}", f"--workdir={workdir}"]
     return subprocess.Popen(
         [*command, *overrides], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
