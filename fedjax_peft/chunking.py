@@ -51,7 +51,7 @@ def choose(
         if seconds[size] > 1.2 * min(seconds.values()):
             break
     if not seconds:
-        raise ValueError(f"not even {sizes[0]} client at a time fits into memory; use a smaller batch or width")
+        raise ValueError(f"not even {sizes[0]} clients at a time fit into memory; use a smaller batch or width")
     best = min(seconds, key=seconds.get)
     metrics.write_json(path, {"chunk": best, "seconds": {str(size): value for size, value in seconds.items()}})
     return best
