@@ -34,7 +34,10 @@ class LoRA:
 
     def __call__(self, x: Array, key: Array | None = None) -> Array:
         if self.dropout and key is not None:
-            kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+            # Tokens lead in the draw: a batch cut to fewer of them drops the same, whoever shares a chunk and a width.
+            *leading, tokens, inputs = x.shape
+            kept = jax.random.bernoulli(key, 1 - self.dropout, (tokens, *leading, inputs))
+            kept = jnp.moveaxis(kept, 0, -2)
             x = jnp.where(kept, x / (1 - self.dropout), jnp.zeros((), x.dtype))
         b = self.scale[..., None] * self.b
         return (x @ self.a.astype(x.dtype)) @ b.astype(x.dtype)
