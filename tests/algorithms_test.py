@@ -56,11 +56,10 @@ HEAD = frozenset({"kernel", "bias"})
 TABLE = {
     "fedit": Row(lambda: fedavg.fedit(MODEL, TASK, LORA, SGD)),
     "fedit_adam": Row(lambda: fedavg.fedit(MODEL, TASK, LORA, ADAM), 1e-4),
-    "fedit_adam_kept": Row(lambda: fedavg.fedit(MODEL, TASK, LORA, ADAM, keep_optimizer=True), 1e-4),
     "fedit_dropout": Row(lambda: fedavg.fedit(MODEL, TASK, DROPOUT, SGD)),
     "fedit_one_layer": Row(lambda: fedavg.fedit(MODEL, TASK, LAYER, SGD)),
     "fedit_all_linear": Row(lambda: fedavg.fedit(MODEL, TASK, ALL, SGD)),
-    "fedavg_momentum": Row(lambda: fedopt("momentum")),
+    "fedavg_momentum": Row(lambda: fedopt("momentum", momentum=0.5)),
     "fedadagrad": Row(lambda: fedopt("adagrad", learning_rate=0.03)),
     "fedadam": Row(lambda: fedopt("adam", learning_rate=0.03)),
     "fedyogi": Row(lambda: fedopt("yogi", learning_rate=0.03)),
@@ -121,13 +120,14 @@ def test_cohort_order_does_not_matter(name):
 
 @every
 def test_padding_changes_no_bit(name):
-    state, played = two_rounds(name)
-    other, padded = federation.run(algorithm(name), [*COHORT, PADDING, PADDING])
-    assert_same(other, state)
-    assert_same(padded.metrics["server"], played.metrics["server"])
-    clients = padded.metrics["clients"]
-    assert_same({key: values[:4] for key, values in clients.items()}, played.metrics["clients"])
-    assert not any(values[4:].any() for values in clients.values())
+    # A chunk of padding before or after; rounds_test has more and fewer slots, which cost compilations.
+    after, last = federation.run(algorithm(name), [4, 0, PADDING, PADDING])
+    before, first = federation.run(algorithm(name), [PADDING, PADDING, 4, 0])
+    assert_same(before, after)
+    assert_same(first.metrics["server"], last.metrics["server"])
+    for metric, values in last.metrics["clients"].items():
+        assert_same(np.roll(values, 2), first.metrics["clients"][metric])
+        assert not values[2:].any()
 
 
 @every

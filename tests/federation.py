@@ -45,7 +45,9 @@ def data(index: int, ids: list[int]) -> Batches:
     taken = jax.tree.map(lambda leaf: leaf[rows], batches)
     weights = np.where(np.equal(ids, PADDING)[:, None, None], 0, own[rows].reshape(-1, steps, size))
     tokens = batches.widths[-1]
-    return taken.replace(weights=weights.astype(np.float32), width=np.zeros((len(rows), steps), np.int32), widths=(tokens,))
+    return taken.replace(
+        weights=weights.astype(np.float32), width=np.zeros((len(rows), steps), np.int32), widths=(tokens,)
+    )
 
 
 def members(ids: list[int], absent: tuple[int, ...] = ()) -> Cohort:
