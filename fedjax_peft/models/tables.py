@@ -4,7 +4,6 @@ Every tensor of the source is either placed or known to be left out, and every p
 task head; whatever fails that is reported in one error with all names.
 """
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -147,4 +146,4 @@ def _matches(patterns: tuple[str, ...], name: str) -> bool:
 
 
 def _size(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape)) if math.prod(shape) else "empty"
+    return " x ".join(map(str, shape)) or "a scalar"
