@@ -1,8 +1,8 @@
 """One round of a whole federation as one jitted step: the only place, beside evaluation, that knows of a client axis.
 
 Clients of the cohort are sharded over the mesh axis `clients`; on each device they are worked on in chunks, the clients
-of a chunk side by side under `vmap`. Keys follow the client's id, padding is selected away, and uploads are folded chunk
-by chunk.
+of a chunk side by side under `vmap`. Keys follow the client's id, padding is selected away, and uploads are folded
+chunk by chunk.
 """
 
 from collections.abc import Callable
@@ -114,7 +114,8 @@ def make_round(algorithm: Algorithm, mesh: Mesh, chunk: int) -> Callable:
             return algorithm.fold(upload, cohort), (new, cohort, metrics, finite | ~active)
 
         sums, slots = _by_chunks(run_chunk, (states, fresh, batches, cohort), chunk)
-        return jax.lax.psum(sums, "clients"), slots
+        # XLA refuses a reduction over an axis of one device beside an automatic axis.
+        return sums if mesh.shape["clients"] == 1 else jax.lax.psum(sums, "clients"), slots
 
     def round_step(base, server, states, fresh, batches, cohort, index, root):
         round_key = jax.random.fold_in(jax.random.fold_in(root, ROUND), index)
@@ -129,8 +130,8 @@ def make_round(algorithm: Algorithm, mesh: Mesh, chunk: int) -> Callable:
         server_metrics = trees.where(somebody, server_metrics, trees.zeros_like(server_metrics))
         return server, states, cohort, {"clients": metrics, "finite": finite, "server": server_metrics}
 
-    # Pinned on both sides, because the compiler would split the server over `model`: the next round would compile again,
-    # and a server that comes from the host would be donated in another shape than it returns.
+    # Pinned on both sides, because the compiler would split the server over `model`: the next round would compile
+    # again, and a server that comes from the host would be donated in another shape than it returns.
     everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, _SPLIT)
     return jax.jit(
         round_step,
@@ -164,9 +165,7 @@ def make_personalize(algorithm: Algorithm, mesh: Mesh, chunk: int) -> Callable:
     def personalize(base, server, states, fresh, batches, ids, index, root):
         round_key = jax.random.fold_in(jax.random.fold_in(root, PERSONALIZE), index)
         client_key = jax.random.fold_in(root, CLIENT)
-        return _shard(on_device, mesh, _SPECS, _SPLIT)(
-            base, server, states, fresh, batches, ids, round_key, client_key
-        )
+        return _shard(on_device, mesh, _SPECS, _SPLIT)(base, server, states, fresh, batches, ids, round_key, client_key)
 
     return jax.jit(personalize)
 
@@ -174,7 +173,7 @@ def make_personalize(algorithm: Algorithm, mesh: Mesh, chunk: int) -> Callable:
 def _side_by_side(function, batches):
     """`vmap` over the clients of a chunk, which share the width of each step.
 
-    Without a client axis the choice of a width stays a branch; with one, all widths would be computed and selected from.
+    Without a client axis the choice of a width stays a branch; with one, all widths would be computed.
     """
     axes = (None, None, 0, 0, 0, batches.replace(inputs=0, labels=0, weights=0, width=None), None, None)
 
@@ -193,7 +192,7 @@ def _shard(function, mesh, in_specs, out_specs):
 
 
 def _by_chunks(function, slots, chunk):
-    """Runs a function of `[chunk, ..]` slots -> (sums, `[chunk, ..]` results) over `[C, ..]` slots, one after another."""
+    """Runs a function of `[chunk, ..]` slots -> (sums, `[chunk, ..]` results) over `[C, ..]` slots, in turn."""
     count = jax.tree.leaves(slots)[0].shape[0] // chunk
     if count == 1:
         return function(slots)
