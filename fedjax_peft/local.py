@@ -147,7 +147,7 @@ def make_schedule(name: str = "constant", *, rounds: int, warmup: int = 0, end: 
 
 def _at_width(step, width, key):
     def run(carry, batch):
-        inputs = {name: value[:, :width] for name, value in batch.inputs.items()}
+        inputs = {name: value[..., :width] for name, value in batch.inputs.items()}
         return step(carry, batch.replace(inputs=inputs, widths=()), key)
 
     return run

@@ -61,7 +61,7 @@ def fedavg(
       weighting: `examples` (p_k = n_k / sum n) or `uniform`, over the clients that reported.
       keep_optimizer: clients keep their moments from round to round instead of starting afresh.
       proximal: FedProx' mu in mu/2 |theta - theta_g|^2 over the shared leaves.
-      schedule: round -> factor on the client's learning rate; None is 1.
+      schedule: round -> factor on the client's learning rate in training, not in personalization; None is 1.
     """
     aggregate.check_weighting(weighting)
     if proximal < 0:
@@ -82,7 +82,7 @@ def fedavg(
             trees.select(server.adapters, private), optimizer.init(trained) if keep_optimizer else ()
         )
 
-    def train(base, server, client, batches, key):
+    def train(base, server, client, batches, key, rate):
         fixed = trees.select(server.adapters, frozen)
         shared = trees.select(server.adapters, is_shared)
         loss = local.objective(model, task, base)
@@ -96,13 +96,13 @@ def fedavg(
 
         start = trees.join(shared, client.private)
         moments = client.optimizer if keep_optimizer else optimizer.init(start)
-        rate = 1.0 if schedule is None else schedule(server.round)
         trained, moments, metrics = local.train(objective, optimizer, start, moments, batches, key, rate=rate)
         client = Client(trees.select(trained, private), moments if keep_optimizer else ())
         return trees.join(trained, fixed), client, metrics
 
     def client_update(base, server, client, batches, key):
-        adapters, client, metrics = train(base, server, client, batches, key)
+        rate = 1.0 if schedule is None else schedule(server.round)
+        adapters, client, metrics = train(base, server, client, batches, key, rate)
         upload = trees.subtract(trees.select(adapters, is_shared), trees.select(server.adapters, is_shared))
         return client, upload, metrics | {"update_norm": jnp.sqrt(trees.squared_norm(upload))}
 
@@ -120,7 +120,8 @@ def fedavg(
         }
 
     def personalize(base, server, client, batches, key):
-        return train(base, server, client, batches, key)[0]
+        # At the full rate: after the last round a schedule that falls to 0 would leave nothing to personalize with.
+        return train(base, server, client, batches, key, 1.0)[0]
 
     def traffic(server):
         shared = adapters_lib.count(server.adapters, is_shared)
