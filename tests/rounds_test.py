@@ -14,7 +14,7 @@ import reference
 from algorithms_test import COHORT, LORA, MODEL, SGD, TASK, algorithm
 from federation import EXAMPLES, PADDING, assert_close, assert_same, begin, play, snapshot
 
-from fedjax_peft import adapters, aggregate, rounds, trees
+from fedjax_peft import adapters, aggregate, local, rounds, trees
 from fedjax_peft.algorithms import fedavg
 from fedjax_peft.types import Batches, Model, Task
 
@@ -182,10 +182,26 @@ def test_no_steps_of_personalization_evaluate_what_the_server_has():
     assert_same(own, state.server.adapters)
 
 
+def test_a_schedule_that_has_ended_does_not_end_personalization():
+    method = fedavg.fedit(MODEL, TASK, LORA, SGD, schedule=local.make_schedule("linear", rounds=2))
+    plain, _ = contract.two_rounds("fedit")
+    state = plain._replace(server=plain.server.replace(round=np.int32(2)))  # the rate is 0 from here on
+    stopped, _ = play(method, snapshot(state), 2, COHORT)
+    assert_same(stopped.server.adapters, state.server.adapters)
+    key, client = jax.random.key(0), method.init_client(state.server, 0, jax.random.key(0))
+    batches = jax.tree.map(lambda leaf: leaf[0], federation.data(0, [0]))
+    personal = [
+        other.personalize(federation.base(), state.server, client, batches, key)
+        for other in (method, algorithm("fedit"))
+    ]
+    assert_same(*personal)
+    assert np.any(lora(personal[0])[1] != lora(state.server.adapters)[1])
+
+
 # What a round is made of
 
 
-@pytest.mark.parametrize("mesh, chunk", [((4, 1), 1), ((1, 1), 4), ((1, 1), 1)])
+@pytest.mark.parametrize("mesh, chunk", [((4, 1), 1), ((1, 4), 4), ((1, 1), 1)])
 def test_other_meshes_and_chunks_do_not_matter(mesh, chunk):
     state, _ = contract.two_rounds("fedsa_lora")
     other, _ = federation.run(algorithm("fedsa_lora"), COHORT, mesh=mesh, chunk=chunk)
