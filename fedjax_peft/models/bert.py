@@ -102,14 +102,7 @@ def bert(
     Raises:
       ValueError: for a config that this encoder cannot follow, or an unknown `pool` or `head`.
     """
-    if pool not in POOLS:
-        raise ValueError(f"pool is {pool!r}, expected one of {', '.join(POOLS)}")
-    if head not in HEADS:
-        raise ValueError(f"head is {head!r}, expected one of {', '.join(HEADS)}")
-    if head == "classification" and labels < 1:
-        raise ValueError(f"labels is {labels}, expected at least 1")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout is {dropout}, expected at least 0 and below 1")
+    _check(labels, pool, head, dropout)
     network = Bert(settings(config, dropout, dtype, scan, remat), labels, pool, head)
 
     def init(key):
@@ -157,7 +150,7 @@ def settings(config: Mapping[str, Any], dropout: float, dtype: Any, scan: bool, 
         types=config.get("type_vocab_size", 2),
         padding=1 if config.get("pad_token_id") is None else config["pad_token_id"],
         epsilon=config.get("layer_norm_eps", 1e-12),
-        activation=config.get("hidden_act", "gelu"),
+        activation=config.get("hidden_act") or "gelu",
         stddev=config.get("initializer_range", 0.02),
         dropout=dropout,
         dtype=jnp.dtype(dtype),
@@ -322,6 +315,17 @@ class RobertaHead(nn.Module):
     def __call__(self, x: Array) -> Array:
         x = jnp.tanh(layers.Dense(x.shape[-1], stddev=self.settings.stddev, name="dense")(x))
         return layers.Dense(self.labels, stddev=self.settings.stddev, name="out_proj")(_dropped(self, x))
+
+
+def _check(labels: int, pool: str, head: str, dropout: float) -> None:
+    if pool not in POOLS:
+        raise ValueError(f"pool is {pool!r}, expected one of {', '.join(POOLS)}")
+    if head not in HEADS:
+        raise ValueError(f"head is {head!r}, expected one of {', '.join(HEADS)}")
+    if head == "classification" and labels < 1:
+        raise ValueError(f"labels is {labels}, expected at least 1")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}, expected at least 0 and below 1")
 
 
 def _dense(s: Settings, features: int, name: str = "dense") -> layers.Dense:

@@ -102,8 +102,9 @@ def load(
     keywords = {"labels": labels, "pool": pool or found.pool, "head": head, "dropout": dropout, "dtype": dtype}
     model = family.build(config, **keywords, scan=scan, remat=remat)
     shapes = jax.eval_shape(model.init, key)
+    rows = None if vocabulary is None else len(vocabulary)
     try:
-        plan = tables.plan(family.table, shapes, found.tensors, None if vocabulary is None else len(vocabulary))
+        plan = tables.plan(family.table, shapes, found.tensors, rows)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     base = tables.fill(family.table, shapes, found.tensors, plan, vocabulary)
