@@ -97,7 +97,7 @@ def load(
         raise ValueError(f"{source} is of the model_type {config.get('model_type')!r}, expected {', '.join(FAMILIES)}")
     family = FAMILIES[config["model_type"]]
     if vocabulary is not None:
-        vocabulary = _checked(vocabulary, config["vocab_size"])
+        vocabulary = _checked(vocabulary, config.get("vocab_size", 0))
         config["vocab_size"] = len(vocabulary)
     keywords = {"labels": labels, "pool": pool or found.pool, "head": head, "dropout": dropout, "dtype": dtype}
     model = family.build(config, **keywords, scan=scan, remat=remat)
@@ -134,7 +134,7 @@ def folder(source: str | pathlib.Path) -> pathlib.Path:
         fetched = huggingface_hub.snapshot_download(str(source), allow_patterns=list(_FETCHED), ignore_patterns=["*/*"])
     # The client passes on the errors of whichever HTTP library it uses.
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"model {str(source)!r} is no folder and could not be fetched from the hub: {reason}"
         ) from None
