@@ -1,6 +1,8 @@
 """What makes a run repeatable and keeps a run directory to one experiment: manifest.json."""
 
 import importlib.metadata
+import os
+import platform
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -64,13 +66,21 @@ def write(
         "sha256": hashes,
         "sizes": sizes,
         "command": sys.argv,
+        **environment(),
+        "mesh": dict(mesh.shape),
+    }
+    metrics.write_json(workdir / "manifest.json", content)
+
+
+def environment() -> dict[str, Any]:
+    """Commit, versions and devices."""
+    return {
         "commit": _commit(),
         "python": sys.version.split()[0],
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "devices": [f"{device.platform}: {device.device_kind}" for device in jax.devices()],
-        "mesh": dict(mesh.shape),
+        "host": {"machine": platform.machine(), "cores": len(os.sched_getaffinity(0))},
     }
-    metrics.write_json(workdir / "manifest.json", content)
 
 
 def _commit() -> str | None:

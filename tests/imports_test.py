@@ -39,7 +39,10 @@ ALLOWED = {
     "report": {"console", "evaluate", "metrics", "plots"},
     "loop": PURE | RUN,
     "experiment": ENGINE | RUN | {"algorithms", "data", "loop", "manifest", "models"},
-    "main": {"experiment", "loop", "report"},
+    "bench_torch": set(),
+    "bench_job": ENGINE | {"algorithms", "data", "models", "rounds"},
+    "bench": {"bench_job", "console", "data", "manifest", "metrics"},
+    "main": {"bench", "experiment", "loop", "report"},
     "__init__": set(),
 }
 # Library -> where alone it may be imported.
@@ -50,7 +53,8 @@ ONLY_IN = {
     "optax": {"algorithms", "aggregate", "local", "tasks", "experiment"},
     "ml_collections": {"experiment", "main"},
     "orbax": {"checkpoint"},
-    "torch": set(),
+    "torch": {"bench_torch"},
+    "peft": {"bench_torch"},
 }
 NUMPY_ONLY = {"data"}  # packages that leave devices alone; types of arrays they may name
 

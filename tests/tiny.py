@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 WIDTH, INNER, LAYERS, POSITIONS = 16, 32, 2, 40
 
 
-def write_model(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
+def write_model(folder: pathlib.Path, seed: int = 0, layers: int = LAYERS) -> pathlib.Path:
     """Writes config.json, model.safetensors and tokenizer.json; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer()
@@ -21,7 +21,7 @@ def write_model(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
         "architectures": ["BertModel"],
         "vocab_size": vocabulary,
         "hidden_size": WIDTH,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": layers,
         "num_attention_heads": 2,
         "intermediate_size": INNER,
         "max_position_embeddings": POSITIONS,
@@ -33,7 +33,7 @@ def write_model(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
     }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "[PAD]"}))
-    save_file(_weights(vocabulary, np.random.default_rng(seed)), folder / "model.safetensors")
+    save_file(_weights(vocabulary, layers, np.random.default_rng(seed)), folder / "model.safetensors")
     return folder
 
 
@@ -51,7 +51,7 @@ def _tokenizer() -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _weights(vocabulary: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def _weights(vocabulary: int, layers: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
     weights: dict[str, np.ndarray] = {}
 
     def matrix(name, *shape):
@@ -69,7 +69,7 @@ def _weights(vocabulary: int, rng: np.random.Generator) -> dict[str, np.ndarray]
     matrix("embeddings.position_embeddings", POSITIONS, WIDTH)
     matrix("embeddings.token_type_embeddings", 2, WIDTH)
     norm("embeddings.LayerNorm")
-    for layer in range(LAYERS):
+    for layer in range(layers):
         at = f"encoder.layer.{layer}"
         for part in ("query", "key", "value"):
             dense(f"{at}.attention.self.{part}", WIDTH, WIDTH)
@@ -78,6 +78,7 @@ def _weights(vocabulary: int, rng: np.random.Generator) -> dict[str, np.ndarray]
         dense(f"{at}.intermediate.dense", WIDTH, INNER)
         dense(f"{at}.output.dense", INNER, WIDTH)
         norm(f"{at}.output.LayerNorm")
+    dense("pooler.dense", WIDTH, WIDTH)
     return weights
 
 
