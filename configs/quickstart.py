@@ -25,10 +25,10 @@ def get_config():
 
     config.adapter.rank = 8
     config.adapter.targets = "query,value"
-    config.optimizer.learning_rate = 5e-3
+    config.optimizer.learning_rate = 1e-2
     config.schedule.name = "linear"
     config.schedule.end = 0.2
-    config.algorithm.personal_rate = 0.4
+    config.algorithm.personal_rate = 0.2
     config.train.steps = 4
     config.train.batch = 8
     config.personalize.steps = 8
