@@ -175,6 +175,8 @@ def test_a_client_with_nan_is_left_out_and_flagged(name):
     poisoned, played = play(algorithm(name), snapshot(before), 2, COHORT, batches=batches)
     absent, _ = play(algorithm(name), snapshot(before), 2, COHORT, absent=(3,))
     assert_same(poisoned, absent)
+    stored = jax.tree.map(lambda leaf: leaf[3], before.population.states)
+    assert_same(jax.tree.map(lambda leaf: leaf[2], played.states), stored)
     assert list(played.metrics["finite"]) == [True, True, False, True]
     assert list(played.cohort.reported) == [True, True, False, True]
 

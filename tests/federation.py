@@ -27,6 +27,7 @@ class Played(NamedTuple):
     """What a round returned, on the host."""
 
     cohort: Cohort
+    states: PyTree  # [C, ..] of all slots, whether the population takes them or not
     metrics: dict[str, Any]
 
 
@@ -73,9 +74,9 @@ def play(
     devices, step = compiled(algorithm, mesh, chunk, len(ids))
     arguments = arguments_of(state, index, ids, devices, absent=absent, batches=batches, seed=seed)
     server, states, cohort, metrics = step(*arguments)
-    cohort, metrics = jax.tree.map(np.asarray, (cohort, metrics))
+    states, cohort, metrics = jax.tree.map(np.asarray, (states, cohort, metrics))
     populations.scatter(state.population, cohort.ids, states, cohort.reported)
-    return State(server, state.population), Played(cohort, metrics)
+    return State(server, state.population), Played(cohort, states, metrics)
 
 
 def run(algorithm: Algorithm, ids: list[int], *, seed: int = 0, **settings) -> tuple[State, Played]:

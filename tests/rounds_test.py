@@ -208,6 +208,14 @@ def test_other_meshes_and_chunks_do_not_matter(mesh, chunk):
     assert_close(other, state, 1e-6)
 
 
+def test_sums_over_chunks_and_devices_are_sums():
+    plain = algorithm("fedit")
+    method = plain._replace(server_update=lambda server, sums: (server, {"examples": sums.weight}))
+    for mesh in ((1, 1), (2, 2)):
+        _, played = play(method, begin(method), 0, COHORT, mesh=mesh, chunk=1)
+        assert played.metrics["server"]["examples"] == EXAMPLES[COHORT].sum()
+
+
 @pytest.mark.parametrize("name", ["fedit", "fedsa_lora"])
 def test_more_slots_of_padding_change_no_bit(name):
     state, _ = contract.two_rounds(name)
