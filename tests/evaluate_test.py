@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import optax
 import pytest
-
 import toy
+
 from fedjax_peft import adapters, evaluate, population, rounds, tasks
 from fedjax_peft.algorithms import fedavg
 from fedjax_peft.data import batches, federated
@@ -80,7 +80,12 @@ def test_personalization_is_the_clients_own(store):
 def test_statistics():
     rows = [
         {"examples": n, "group": group, "loss": loss, "accuracy": accuracy}
-        for n, group, loss, accuracy in [(10, "a", 1.0, 0.5), (30, "a", 2.0, 0.9), (10, "b", 4.0, 0.1), (0, "b", 9.0, 0.0)]
+        for n, group, loss, accuracy in [
+            (10, "a", 1.0, 0.5),
+            (30, "a", 2.0, 0.9),
+            (10, "b", 4.0, 0.1),
+            (0, "b", 9.0, 0.0),
+        ]
     ]
     summary = evaluate.summarize(rows, ["loss", "accuracy"])
     assert (summary["clients"], summary["examples"]) == (3, 50)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedjax_peft.data import packages
+from fedjax_peft import packages
 
 Table = dict[str, np.ndarray]
 

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 
-from fedjax_peft.data import charsmap, packages
+from fedjax_peft import packages
+from fedjax_peft.data import charsmap
 from fedjax_peft.data.federated import Encoded
 
 MINILM = "minilm"

