@@ -10,6 +10,9 @@ USAGE = """usage: fedjax-peft COMMAND [flags]
 
   run     --config=FILE.py[:VARIANT] --workdir=DIR [--config.KEY=VALUE ..]   run an experiment, or go on with it
   report  WORKDIR [WORKDIR ..]                    table and plots of a finished run, or one table of several runs
+  bench   [--clients=1,8 --batch=8 --tokens=64 --chunk=2 --lengths=full|natural --dtype=float32|bfloat16 --scan
+           --model=minilm --rank=8 --steps=4 --repeats=5 --notorch --output=bench.json]
+                                                  the same job as a round here and one by one in PyTorch + PEFT
 """
 
 
@@ -19,9 +22,12 @@ def main() -> None:
     for noisy in ("absl", "jax", "orbax"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     command, *arguments = sys.argv[1:] or ["help"]
+    if command in ("help", "--help") or "--help" in arguments:
+        print(USAGE)
+        sys.exit(0)
     if command not in COMMANDS:
-        print(USAGE, file=sys.stderr if command != "help" else sys.stdout)
-        sys.exit(2 if command != "help" else 0)
+        print(f"fedjax-peft: there is no command {command!r}\n{USAGE}", file=sys.stderr)
+        sys.exit(2)
     try:
         COMMANDS[command](arguments)
     except ValueError as error:
@@ -51,7 +57,14 @@ def report(arguments: list[str]) -> None:
     reports.show(arguments[0]) if len(arguments) == 1 else reports.compare(arguments)
 
 
-COMMANDS = {"run": run, "report": report}
+def bench(arguments: list[str]) -> None:
+    """`bench`: see USAGE."""
+    from fedjax_peft import bench as benchmark
+
+    benchmark.main(arguments)
+
+
+COMMANDS = {"run": run, "report": report, "bench": bench}
 
 
 def _flags(arguments: list[str]) -> flags.FlagValues:
