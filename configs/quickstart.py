@@ -32,7 +32,7 @@ def get_config():
     config.train.steps = 4
     config.train.batch = 8
     config.personalize.steps = 8
-    config.evaluate.every = 10
+    config.evaluate.every = 5
     config.run.chunk = 8
     config.run.scan = True  # compiles in half the time
     return config
