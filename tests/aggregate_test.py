@@ -65,3 +65,8 @@ def test_default_learning_rates(name, expected):
     update, _ = optimizer.update(jnp.array([-1.0]), optimizer.init(jnp.zeros(1)))
     # m = 0.1 Delta and, of Adam, sqrt v = 0.1 Delta.
     np.testing.assert_allclose(update, [expected], rtol=1e-5)
+
+
+def test_unknown_server_optimizers_are_refused():
+    with pytest.raises(ValueError, match="server.* is 'sgdm', expected one of average, "):
+        aggregate.server_optimizer("sgdm")

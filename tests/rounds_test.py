@@ -14,7 +14,7 @@ import reference
 from algorithms_test import COHORT, LORA, MODEL, SGD, TASK, algorithm
 from federation import EXAMPLES, PADDING, assert_close, assert_same, begin, play, snapshot
 
-from fedjax_peft import adapters, aggregate, local, rounds, trees
+from fedjax_peft import adapters, local, rounds, trees
 from fedjax_peft.algorithms import fedavg
 from fedjax_peft.types import Batches, Model, Task
 
@@ -345,8 +345,3 @@ def test_slots_fill_whole_chunks_on_every_device():
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         fedavg.fedit(MODEL, TASK, LORA, SGD, **settings)
-
-
-def test_unknown_server_optimizers_are_refused():
-    with pytest.raises(ValueError, match="algorithm.server_optimizer is 'sgdm', expected one of average, "):
-        aggregate.server_optimizer("sgdm")
