@@ -31,22 +31,29 @@ def manager(workdir: str, keep: int = 2) -> Any:
 
 def save(checkpoints: Any, round_index: int, state: PyTree) -> None:
     """Writes the state after `round_index` rounds. `state` is a pytree of arrays on the host or the device."""
+    if round_index in checkpoints.all_steps():
+        checkpoints.delete(round_index)  # one that could not be read
     checkpoints.save(round_index, args=ocp.args.StandardSave(state), force=True)
 
 
 def restore(checkpoints: Any, target: PyTree) -> Restored | None:
-    """The newest checkpoint that can be read, or None if there is none.
+    """The newest checkpoint that can be read, or None if there are none.
 
     Args:
       target: a pytree like the one saved, of arrays or of shapes with shardings; it may lie on other devices.
+
+    Raises:
+      ValueError: there are checkpoints, but none of them can be read.
     """
-    for step in sorted(checkpoints.all_steps(), reverse=True):
+    steps = sorted(checkpoints.all_steps(), reverse=True)
+    for step in steps:
         try:
             return Restored(step, checkpoints.restore(step, args=ocp.args.StandardRestore(target)))
         except Exception as error:  # Orbax raises whatever its storage driver raised on broken bytes.
             reason = str(error).splitlines()[0][:200]
-            logger.warning(
-                "checkpoint of round %d cannot be read (%s); going back to the one before", step, reason
-            )
-            checkpoints.delete(step)
+            logger.warning("checkpoint of round %d cannot be read (%s); going back to the one before", step, reason)
+    if steps:
+        # Nothing is deleted: what this version cannot read another one may.
+        place = checkpoints.directory
+        raise ValueError(f"none of the {len(steps)} checkpoints in {place} can be read; move them away to start again")
     return None

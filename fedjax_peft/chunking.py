@@ -27,12 +27,12 @@ def choose(
 ) -> int:
     """The chunk with the fastest round among those that fit, measured once per run directory.
 
-    A chunk changes results by rounding, so the choice is written to chunk.json and a resumed run uses it again.
+    A chunk changes results by rounding, so the choice is written to chunk.json and a resumed run keeps to it.
 
     Args:
       workdir: run directory.
       sizes: chunks to try, ascending; stops at the first that does not fit or is clearly slower than the best.
-      prepare: chunk -> (jitted round, function that makes its arguments; they are donated, so each call needs new ones).
+      prepare: chunk -> (jitted round, function that makes its arguments, new ones for each call: they are donated).
     """
     path = epath.Path(workdir) / "chunk.json"
     known = metrics.read_json(path)

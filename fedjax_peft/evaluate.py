@@ -36,8 +36,8 @@ def make_evaluate(
     Args:
       chunk: clients that a device personalizes at once.
       support: (ids `[C]`, padded with N) -> the batches that clients personalize on; no steps evaluates what they have.
-      items: ids `[C]` -> packs of test batches: `inputs`, `labels`, `weights` `[I, B, ..]` and `slots` `[I]`, the position in
-        ids whose client each batch belongs to.
+      items: ids `[C]` -> packs of test batches: `inputs`, `labels`, `weights` `[I, B, ..]` and `slots` `[I]`, the
+        position in ids whose client each batch belongs to.
 
     Returns:
       (base, server, population, ids, round, root) -> Scores. Every client's test examples count once.
@@ -75,7 +75,7 @@ def make_evaluate(
 
 
 def make_score(model: Model, task: Task) -> Callable[..., tuple[Array, dict[str, Array]]]:
-    """Builds (base, adapters `[C, ..]`, item) -> (examples `[C]`, sums of metrics `[C]`) of one pack of test batches."""
+    """Builds (base, adapters `[C, ..]`, item) -> (examples `[C]`, sums of metrics `[C]`) of a pack of test batches."""
 
     def one_batch(base, adapters, slot, inputs, labels):
         own = jax.tree.map(lambda leaf: leaf[slot], adapters)
@@ -103,8 +103,8 @@ def summarize(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> dict
       metrics: names to summarize.
 
     Returns:
-      For each metric the mean over clients, their standard deviation, the mean of the worst tenth (highest for losses), the
-      pooled mean over examples, and the pooled mean of each group; beside them the numbers of clients and examples.
+      For each metric the mean over clients, their standard deviation, the mean of the worst tenth (highest for losses),
+      the pooled mean over examples, and the pooled mean of each group; beside them the numbers of clients and examples.
     """
     rows = [row for row in rows if row["examples"]]
     if not rows:

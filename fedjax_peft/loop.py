@@ -124,6 +124,8 @@ def run(
                 finished = time.monotonic()
             ids, arguments, (real, computed) = _inputs(clients, people, mesh, index, slots, chunk)
             server, states, cohort, outcome = step(base, server, *arguments, index, root)
+            if algorithm.host_step is not None:
+                server = rounds.replicate(algorithm.host_step(server), mesh)
             record(pending)
             parameters = {"bytes_down": 4 * down, "bytes_up": 4 * up}
             pending = _Pending(
@@ -200,7 +202,8 @@ def _line(pending: _Pending, clients: Clients, since: float) -> dict[str, Any]:
     broken = [clients.names[i] for i in cohort.ids[real & ~outcome["finite"]]]
     if broken and not cohort.reported.any():
         raise ValueError(
-            f"round {index}: the numbers of all {len(broken)} clients that trained are not finite ({', '.join(broken[:5])} ..); "
+            f"round {index}: the numbers of all {len(broken)} clients that trained are not finite "
+            f"({', '.join(broken[:5])}{' ..' * (len(broken) > 5)}); "
             f"a smaller learning rate or clipping may help"
         )
     weights = cohort.examples * cohort.reported

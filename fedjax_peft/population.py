@@ -12,9 +12,7 @@ class Population(NamedTuple):
     """Written in place by `scatter`, so that a round costs what its cohort costs, not what the population costs."""
 
     states: PyTree  # numpy arrays [N, ..]
-    known: (
-        np.ndarray
-    )  # [N] bool: clients that have a state; the others get theirs from `init_client` when they are met
+    known: np.ndarray  # [N] bool: clients that have a state; the others get theirs from `init_client` when they are met
 
 
 def create(shapes: PyTree, clients: int) -> Population:

@@ -60,6 +60,11 @@ def place(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.device_put(tree, NamedSharding(mesh, P("clients")))
 
 
+def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Puts arrays everywhere on the mesh."""
+    return jax.device_put(tree, NamedSharding(mesh, P()))
+
+
 def make_init(algorithm: Algorithm, mesh: Mesh) -> Callable[[Array], PyTree]:
     """(root key) -> server, replicated over the mesh."""
 

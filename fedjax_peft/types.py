@@ -72,8 +72,8 @@ class Algorithm(NamedTuple):
     client_update: Callable[..., tuple[PyTree, PyTree, dict[str, Array]]]
     """(base, server, client, batches, key) -> (client, upload, metrics). Metrics are scalars, `loss` among them."""
     fold: Callable[[PyTree, Cohort], PyTree]
-    """(uploads [C, ..], cohort) -> sums: an additive digest of uploads. A round adds it up over chunks and devices and so
-    never holds all uploads at once. The uploads of slots that did not report are zeros."""
+    """(uploads [C, ..], cohort) -> sums: an additive digest of uploads. A round adds it up over chunks and devices and
+    so never holds all uploads at once. The uploads of slots that did not report are zeros."""
     server_update: Callable[[PyTree, PyTree], tuple[PyTree, dict[str, Array]]]
     """(server, sums) -> (server, metrics). A round in which nobody reported keeps the server as it was."""
     personalize: Callable[..., PyTree]

@@ -1,4 +1,4 @@
-"""The benchmark measures the same job on both sides, counts the least work right, and refuses to compare different results."""
+"""The benchmark gives both sides the same job, counts the least work right, and refuses to compare unlike results."""
 
 import json
 

@@ -185,6 +185,15 @@ def test_taps_of_real_tokens_do_not_see_the_padding():
         assert (a[~real] != b[~real]).all()
 
 
+@pytest.mark.parametrize("pool", ["mean", "pooler"])
+def test_dropout_does_not_depend_on_the_width_that_a_batch_is_padded_to(pool):
+    model, base = build(dropout=0.3, pool=pool)
+    wide = encoder.inputs(lengths=(6, 4, 2))
+    narrow = {name: value[:, :6] for name, value in wide.items()}
+    logits = [model.apply(base, {}, inputs, jax.random.key(1)) for inputs in (wide, narrow)]
+    np.testing.assert_allclose(*logits, atol=2e-5)
+
+
 def test_dropout_needs_a_key_and_differs_by_layer_and_site():
     model, base = build(dropout=0.5)
     still, inputs = build()[0], encoder.inputs()

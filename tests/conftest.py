@@ -11,9 +11,7 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-BENCHMARKS = pathlib.Path(
-    os.environ.get("FEDJAX_PEFT_DATA", pathlib.Path(__file__).parents[2] / "shared" / "data")
-)
+BENCHMARKS = pathlib.Path(os.environ.get("FEDJAX_PEFT_DATA", pathlib.Path(__file__).parents[2] / "shared" / "data"))
 
 
 @pytest.fixture(scope="session")

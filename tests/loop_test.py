@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
 import toy
+
 from fedjax_peft import adapters, checkpoint, loop, metrics, rounds, tasks
 from fedjax_peft.algorithms import fedavg
 from fedjax_peft.data import batches, federated
@@ -111,7 +111,8 @@ def test_rows_hold_every_client_and_point(finished):
 
 def test_speed_settings_change_nothing(finished, tmp_path):
     run(tmp_path, chunk=1, checkpoint_every=3)
-    losses = [[row["loss"] for row in metrics.read_rows(place / "clients.parquet")] for place in (finished[0], tmp_path)]
+    tables = [metrics.read_rows(workdir / "clients.parquet") for workdir in (finished[0], tmp_path)]
+    losses = [[row["loss"] for row in rows] for rows in tables]
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
@@ -141,6 +142,24 @@ def test_a_round_in_which_everybody_drops_out_goes_by(tmp_path):
     lines = metrics.read_lines(tmp_path / "rounds.jsonl")
     assert [line["reported"] for line in lines] == [3, 0, 3]
     assert lines[1]["loss"] is None and lines[1]["bytes_up"] == 0
+
+
+def test_a_host_step_follows_every_round(tmp_path):
+    given = problem()
+
+    def host_step(server):
+        assert not isinstance(server.round, jax.core.Tracer)
+        return server.replace(round=server.round + 10)
+
+    given = given._replace(algorithm=given.algorithm._replace(host_step=host_step))
+    speed = {"chunk": 2, "evaluate_every": 2, "checkpoint_every": 2, "keep_checkpoints": 2}
+    loop.run(given, clients(), tmp_path, seed=0, total=2, **speed)
+    target = {
+        "server": rounds.make_init(given.algorithm, given.mesh)(jax.random.key(0)),
+        "states": {"id": np.zeros(CLIENTS, np.int32)},
+        "known": np.zeros(CLIENTS, bool),
+    }
+    assert int(checkpoint.restore(checkpoint.manager(tmp_path), target).state["server"].round) == 22
 
 
 def test_clients_that_never_report_keep_no_state(tmp_path):

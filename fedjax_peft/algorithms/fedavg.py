@@ -80,9 +80,7 @@ def fedavg(
     def init_client(server, client_id, key):
         del client_id, key
         trained = trees.select(server.adapters, lambda leaf: not frozen(leaf))
-        return Client(
-            trees.select(server.adapters, private), optimizer.init(trained) if keep_optimizer else ()
-        )
+        return Client(trees.select(server.adapters, private), optimizer.init(trained) if keep_optimizer else ())
 
     def train(base, server, client, batches, key, rate):
         fixed = trees.select(server.adapters, frozen)
@@ -117,9 +115,7 @@ def fedavg(
         updates, state = server_optimizer.update(pseudo_gradient, server.optimizer, shared)
         rest = trees.select(server.adapters, lambda leaf: not is_shared(leaf))
         adapters = trees.join(optax.apply_updates(shared, updates), rest)
-        return Server(adapters, state, server.round + 1), {
-            "server_update_norm": jnp.sqrt(trees.squared_norm(updates))
-        }
+        return Server(adapters, state, server.round + 1), {"server_update_norm": jnp.sqrt(trees.squared_norm(updates))}
 
     def personalize(base, server, client, batches, key):
         # Not the schedule's: after the last round one that falls to 0 would leave nothing to personalize with.
@@ -147,9 +143,7 @@ def fedprox(model, task, init_adapters, optimizer, *, proximal: float = 0.01, **
 
 def ffa_lora(model, task, init_adapters, optimizer, **settings) -> Algorithm:
     """FFA-LoRA: A stays as it was drawn, common to all clients, so that averaging B is exact."""
-    return fedavg(
-        model, task, init_adapters, optimizer, frozen=lambda leaf: leaf in ("a", "scale"), **settings
-    )
+    return fedavg(model, task, init_adapters, optimizer, frozen=lambda leaf: leaf in ("a", "scale"), **settings)
 
 
 def fedsa_lora(model, task, init_adapters, optimizer, *, private_head: bool = True, **settings) -> Algorithm:
@@ -161,9 +155,7 @@ def fedsa_lora(model, task, init_adapters, optimizer, *, private_head: bool = Tr
     return fedavg(model, task, init_adapters, optimizer, private=private, **settings)
 
 
-def local_only(
-    model, task, init_adapters, optimizer, *, keep_optimizer: bool = True, **settings
-) -> Algorithm:
+def local_only(model, task, init_adapters, optimizer, *, keep_optimizer: bool = True, **settings) -> Algorithm:
     """Every client trains by itself and nothing is sent."""
     return fedavg(
         model,
@@ -176,8 +168,6 @@ def local_only(
     )
 
 
-def centralized(
-    model, task, init_adapters, optimizer, *, keep_optimizer: bool = True, **settings
-) -> Algorithm:
+def centralized(model, task, init_adapters, optimizer, *, keep_optimizer: bool = True, **settings) -> Algorithm:
     """One client that holds everybody's examples: the federation's upper bound. The data must be pooled."""
     return fedavg(model, task, init_adapters, optimizer, keep_optimizer=keep_optimizer, **settings)

@@ -147,7 +147,7 @@ def _groups(rows, group, clients) -> tuple[str, ...]:
 
 
 def majority(federation: Federation) -> np.ndarray:
-    """[N] accuracy on a client's test examples of always answering its most frequent training label (NaN without tests)."""
+    """[N] test accuracy of always answering a client's most frequent training label (NaN without tests)."""
     shares = []
     for client in range(len(federation.names)):
         train = federation.train.labels[federated.rows(federation.train, client)]

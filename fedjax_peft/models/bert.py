@@ -182,7 +182,7 @@ class Bert(nn.Module):
             pooled = Pooler(s, name="pooler")(x[:, 0])
         if self.head == "features":
             return pooled
-        pooled = _dropped(self, pooled)
+        pooled = layers.dropped(self, self.settings.dropout, pooled)
         if s.roberta and self.pool == "pooler":
             return RobertaHead(s, self.labels, name="classifier")(pooled)
         return layers.Dense(self.labels, stddev=s.stddev, name="classifier")(pooled)
@@ -210,7 +210,7 @@ class Embeddings(nn.Module):
         x += self._embed("token_type_embeddings", s.types, jnp.zeros_like(tokens) if types is None else types)
         x += self._embed("position_embeddings", s.positions, positions)
         x = layers.LayerNorm(s.epsilon, s.dtype, name="LayerNorm")(x)
-        return _dropped(self, x)
+        return layers.dropped(self, s.dropout, x, 1)
 
     def _embed(self, name: str, rows: int, ids: Array) -> Array:
         s = self.settings
@@ -277,7 +277,7 @@ class SelfAttention(nn.Module):
         query, value = query.swapaxes(1, 2), value.swapaxes(1, 2)
         scores = jnp.matmul(query, key.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(scores * query.shape[-1] ** -0.5 + bias)
-        mixed = _dropped(self, weights.astype(s.dtype)) @ value
+        mixed = layers.dropped(self, s.dropout, weights.astype(s.dtype), 2, 3) @ value
         return mixed.swapaxes(1, 2).reshape(x.shape)
 
 
@@ -295,7 +295,7 @@ class Output(nn.Module):
     @nn.compact
     def __call__(self, x: Array, residual: Array) -> Array:
         s = self.settings
-        x = _dropped(self, _dense(s, s.width)(x))
+        x = layers.dropped(self, s.dropout, _dense(s, s.width)(x), 1)
         return layers.LayerNorm(s.epsilon, s.dtype, name="LayerNorm")(x + residual)
 
 
@@ -314,7 +314,8 @@ class RobertaHead(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         x = jnp.tanh(layers.Dense(x.shape[-1], stddev=self.settings.stddev, name="dense")(x))
-        return layers.Dense(self.labels, stddev=self.settings.stddev, name="out_proj")(_dropped(self, x))
+        x = layers.dropped(self, self.settings.dropout, x)
+        return layers.Dense(self.labels, stddev=self.settings.stddev, name="out_proj")(x)
 
 
 def _check(labels: int, pool: str, head: str, dropout: float) -> None:
@@ -330,10 +331,6 @@ def _check(labels: int, pool: str, head: str, dropout: float) -> None:
 
 def _dense(s: Settings, features: int, name: str = "dense") -> layers.Dense:
     return layers.Dense(features, s.dtype, s.dtype, s.stddev, name=name)
-
-
-def _dropped(module: nn.Module, x: Array) -> Array:
-    return nn.Dropout(module.settings.dropout)(x, deterministic=not module.has_rng("dropout"))
 
 
 def _mean(x: Array, mask: Array) -> Array:

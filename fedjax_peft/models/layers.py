@@ -79,6 +79,25 @@ class LayerNorm(nn.Module):
         return _with_delta(self, x, y).astype(self.dtype)
 
 
+def dropped(module: nn.Module, rate: float, x: Array, *token_axes: int) -> Array:
+    """Dropout of `x` if the module was given a `dropout` key.
+
+    Token axes lead in the draw, so that a batch cut to fewer tokens drops the same of those that it keeps: results must
+    not depend on the width that a batch is padded to. Of two token axes each row of the first has a key of its own.
+    """
+    if not rate or not module.has_rng("dropout"):
+        return x
+    key = module.make_rng("dropout")
+    shape = jnp.moveaxis(x, token_axes, range(len(token_axes))).shape
+    if len(token_axes) == 2:
+        keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(shape[0]))
+        kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape[1:]))(keys)
+    else:
+        kept = jax.random.bernoulli(key, 1 - rate, shape)
+    kept = jnp.moveaxis(kept, range(len(token_axes)), token_axes)
+    return jnp.where(kept, x / (1 - rate), jnp.zeros((), x.dtype))
+
+
 def _with_delta(module: nn.Module, x: Array, y: Array) -> Array:
     if not module.has_variable("adapters", "delta"):
         return y
