@@ -40,7 +40,10 @@ class LoRA:
             kept = jnp.moveaxis(kept, 0, -2)
             x = jnp.where(kept, x / (1 - self.dropout), jnp.zeros((), x.dtype))
         b = self.scale[..., None] * self.b
-        return (x @ self.a.astype(x.dtype)) @ b.astype(x.dtype)
+        # One axis of rows: beside a client axis the gradients of A and B are then plain batched products. For two axes
+        # the compiler transposes copies first, which costs a CPU 6 % of a round.
+        rows = x.reshape(-1, x.shape[-1])
+        return ((rows @ self.a.astype(x.dtype)) @ b.astype(x.dtype)).reshape(*x.shape[:-1], -1)
 
     def merged(self, params: dict) -> dict:
         return params | {"kernel": params["kernel"] + (self.a * self.scale[..., None, :]) @ self.b}
