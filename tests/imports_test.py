@@ -111,12 +111,13 @@ def test_pmap_and_private_jax_are_not_used(file):
 
 def test_clients_are_batched_in_one_place():
     batching = {
-        part_of(file)
+        file.stem
         for file in FILES
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Attribute) and node.attr in ("vmap", "shard_map")
     }
-    assert batching <= {"rounds", "evaluate"}
+    # layers.py draws dropout for each row of attention; it knows of no client.
+    assert batching <= {"rounds", "evaluate", "layers"}
 
 
 def test_the_arrows_make_no_circle():

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -120,6 +121,9 @@ def _token_id(tokenizer: tokenizers.Tokenizer, named: dict, key: str, usual: Seq
 
 
 def _from_transformers(source: str) -> Tokenizer:
+    if source.startswith(("/", ".", "~")):
+        raise ValueError(f"no tokenizer found at {source!r}: there is no such folder, or no tokenizer.json in it")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing is no news
     import transformers
 
     try:
