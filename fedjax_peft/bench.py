@@ -29,6 +29,8 @@ from fedjax_peft.data import batches
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
 """Relative differences of losses over two rounds that rounding explains."""
+NOISY = 0.05
+"""Share of the machine in other hands above which the table says so: threads that wait for each other suffer most."""
 COLUMNS = ("clients", "batch", "chunk", "tokens/s", "of peak", "FLOPs / least", "MB a round")
 TORCH_COLUMNS = ("torch tokens/s", "of peak", "ratio")
 
@@ -57,6 +59,9 @@ def main(arguments: list[str]) -> None:
         content = {"environment": manifest.environment(), "command": sys.argv, "rows": rows}
         metrics.write_json(pathlib.Path(values.output), content)
     title = f"{values.model}, {values.lengths} lengths up to {values.tokens} tokens, {values.dtype}"
+    busy = max(row["others"] for row in rows)
+    if busy > NOISY:
+        title += f"; NOT QUIET: other processes used {busy:.0%} of the machine"
     console.table(title, COLUMNS + TORCH_COLUMNS * values.torch, [_shown(row) for row in rows])
 
 
@@ -82,14 +87,16 @@ def measure(setting: Setting, *, repeats: int, memory_rounds: int, torch: bool) 
         if theirs is not None:
             sides["torch"], seconds["torch"] = theirs, []
             check_same(losses, two_rounds(theirs), TOLERANCE[setting.dtype])
+        others = []
         for _, (name, side) in itertools.product(range(repeats), sides.items()):
             side.restart()
+            others.append(busy_share())
             seconds[name].append(side.round()[0])
     tokens, computed = batches.waste(job.batches, setting.chunk)
     least = bench_job.minimum_flops(job.base, job.server().adapters, job.batches)
     peak = matrix_peak(setting.dtype)
     row: dict[str, Any] = {"setting": setting._asdict(), "tokens": tokens, "tokens_computed": computed}
-    row |= {"peak_flops": peak, "minimum_flops": least, "losses": losses.tolist()}
+    row |= {"peak_flops": peak, "minimum_flops": least, "losses": losses.tolist(), "others": statistics.mean(others)}
     row["flops_over_minimum"] = bench_job.flops_over_minimum(setting)
     for name, values in seconds.items():
         middle = statistics.median(values)
@@ -182,6 +189,21 @@ def matrix_peak(dtype: str, seconds: float = 0.5) -> float:
             jax.block_until_ready([product(*operands) for _ in range(8)])
             best = max(best, 8 * 2 * rows * inner * columns / (time.perf_counter() - start))
     return best
+
+
+def busy_share(seconds: float = 0.3) -> float:
+    """Share of the machine's cores that others keep busy while this process sleeps; NaN if unknown."""
+    path = pathlib.Path("/proc/stat")
+    if not path.exists():
+        return float("nan")
+
+    def read():
+        user, nice, system, idle, waiting, *rest = map(int, path.read_text().split("\n")[0].split()[1:9])
+        return idle + waiting, user + nice + system + idle + waiting + sum(rest)
+
+    (idle, total), _ = read(), time.sleep(seconds)
+    idle_after, total_after = read()
+    return 1 - (idle_after - idle) / max(total_after - total, 1)
 
 
 def memory_growth(side: Side, count: int) -> int:

@@ -80,6 +80,10 @@ def test_mistakes_in_flags_are_one_sentence(arguments):
         bench.main(arguments)
 
 
+def test_other_processes_are_noticed():
+    assert 0 <= bench.busy_share(0.1) <= 1
+
+
 def test_a_chunk_must_divide_the_clients(model):
     with pytest.raises(ValueError, match="chunk is 3"):
         bench_job.make_job(setting(model, chunk=3))
