@@ -4,8 +4,8 @@ import importlib.util
 
 import numpy as np
 import pytest
-
 import tiny
+
 from fedjax_peft import experiment, metrics
 
 
