@@ -109,7 +109,7 @@ def sites(shapes: PyTree) -> list[Site]:
     modules: dict[tuple[str, ...], dict] = {}
     for path, leaf in traverse_util.flatten_dict(shapes).items():
         modules.setdefault(path[:-1], {})[path[-1]] = leaf
-    return [Site(path, _names(path, params), params) for path, params in sorted(modules.items())]
+    return [Site(path, names(path, next(iter(params.values())).shape[0]), params) for path, params in sorted(modules.items())]
 
 
 def init(
@@ -144,7 +144,7 @@ def init(
     if head not in ("full", "lora", "frozen"):
         raise ValueError(f"adapter.head is {head!r}, expected 'full', 'lora' or 'frozen'")
     if kind == "full":
-        return _nest({site.path: _dense(site) for site in sites(shapes)})
+        return nest({site.path: _dense(site) for site in sites(shapes)})
     if not 0 <= dropout < 1:
         raise ValueError(f"adapter.dropout is {dropout}, expected at least 0 and below 1")
     dense = [site for site in sites(shapes) if site.is_dense]
@@ -156,7 +156,25 @@ def init(
     for index, site in enumerate(body):
         if any(masks[site.path]):
             nodes[site.path] = _lora(jax.random.fold_in(key, index), site, rank, scale, masks[site.path], dropout)
-    return _nest(nodes)
+    return nest(nodes)
+
+
+def nest(flat: dict[tuple[str, ...], PyTree]) -> PyTree:
+    """The inverse of `nodes`."""
+    return traverse_util.unflatten_dict({(*path, "delta"): node for path, node in flat.items()})
+
+
+def is_stacked(path: tuple[str, ...]) -> bool:
+    """Whether the parameters at a path carry a leading axis of layers."""
+    return any(part in STACKS for part in path)
+
+
+def names(path: tuple[str, ...], layers: int | None) -> tuple[str, ...]:
+    """The dotted Hugging Face names of a module, one a layer of its stack."""
+    if not is_stacked(path):
+        return (".".join(path),)
+    cut = next(position for position, part in enumerate(path) if part in STACKS) + 1
+    return tuple(".".join((*path[:cut], str(layer), *path[cut:])) for layer in range(layers))
 
 
 def check_sites(adapters: PyTree, shapes: PyTree) -> None:
@@ -197,7 +215,7 @@ def concat(first: PyTree, second: PyTree) -> PyTree:
     """Adapters that do what both do: ranks of LoRAs at the same site are joined, dense updates are added."""
     left, right = nodes(first), nodes(second)
     both = {path: _joined(left[path], right[path]) for path in left.keys() & right.keys()}
-    return _nest(left | right | both)
+    return nest(left | right | both)
 
 
 def mask_ranks(adapters: PyTree, masks: PyTree) -> PyTree:
@@ -228,15 +246,6 @@ def count(adapters: PyTree, keep: Callable[[str], bool] = lambda leaf: leaf != "
         leaves = jax.tree.leaves(trees.select(node, keep))
         total += sum(round(share * leaf.size) for leaf in leaves)
     return total
-
-
-def _names(path, params):
-    stacked = [position for position, part in enumerate(path) if part in STACKS]
-    if not stacked:
-        return (".".join(path),)
-    layers = next(iter(params.values())).shape[0]
-    cut = stacked[0] + 1
-    return tuple(".".join((*path[:cut], str(layer), *path[cut:])) for layer in range(layers))
 
 
 def _match(targets: str, candidates: list[Site]) -> dict[tuple[str, ...], np.ndarray]:
@@ -294,10 +303,6 @@ def _joined(left, right):
             scale=jnp.concatenate([left.scale, right.scale], -1),
         )
     return trees.add(left, right)
-
-
-def _nest(flat: dict[tuple[str, ...], PyTree]) -> PyTree:
-    return traverse_util.unflatten_dict({(*path, "delta"): node for path, node in flat.items()})
 
 
 def _added(params, **updates):

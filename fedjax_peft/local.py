@@ -40,6 +40,7 @@ def scan(step: Step, carry: PyTree, batches: Batches, key: Array) -> tuple[PyTre
         real = jnp.any(batch.weights > 0)
         return trees.where(real, new, carry), (trees.where(real, metrics, trees.zeros_like(metrics)), real)
 
+    batches = batches.replace(constants={})  # they have no axis of steps
     steps = jnp.arange(batches.weights.shape[0], dtype=jnp.int32)
     carry, (metrics, real) = jax.lax.scan(body, carry, (steps, batches))
     count = jnp.maximum(jnp.sum(real, dtype=jnp.float32), 1.0)

@@ -180,7 +180,7 @@ def _side_by_side(function, batches):
 
     Without a client axis the choice of a width stays a branch; with one, all widths would be computed.
     """
-    axes = (None, None, 0, 0, 0, batches.replace(inputs=0, labels=0, weights=0, width=None), None, None)
+    axes = (None, None, 0, 0, 0, batches.replace(inputs=0, labels=0, weights=0, width=None, constants=0), None, None)
 
     def run(base, server, states, fresh, ids, batches, *keys):
         shared = batches.replace(width=jnp.max(batches.width, axis=0))

@@ -9,7 +9,7 @@ Axis letters, used in every docstring:
 `delta` of each site. `base` is the nested dict of frozen parameters.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -51,6 +51,10 @@ class Batches:
     weights: Array  # [.., S, B] float32: 1 for an example, 0 for padding; a step of zeros is skipped
     width: Array  # [.., S] int32: step s may be cut to widths[width[s]] tokens; clients side by side share the largest
     widths: tuple[int, ...] = struct.field(pytree_node=False, default=())  # ascending, T last
+    constants: dict[str, PyTree] = struct.field(default_factory=dict)
+    """What is known of the client and never changes, `[..]` without axes of steps: `examples` float32, the number of
+    its training examples; `budget` int32, ranks a site, where personalization has one; and what an algorithm's
+    `observe` needs to have seen."""
 
 
 @struct.dataclass
@@ -80,5 +84,10 @@ class Algorithm(NamedTuple):
     """(base, server, client, batches, key) -> adapters that the client is evaluated with. Zero steps are legal."""
     traffic: Callable[[PyTree], tuple[int, int]]
     """(server) -> parameters that one client receives and sends in a round, on the host."""
+    observe: Callable[..., PyTree] | None = None
+    """(base, inputs, weights [B], constants) -> what there is to know of one batch of a client's training examples before
+    any training. With `observed` it becomes a constant of the client, computed once a run."""
+    observed: Callable[[Sequence[PyTree]], dict[str, PyTree]] | None = None
+    """(what `observe` said of each batch of one client, on the host) -> constants."""
     host_step: Callable[[PyTree], PyTree] | None = None
     """(server) -> server, on the host between rounds."""

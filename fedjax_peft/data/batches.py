@@ -85,7 +85,8 @@ def cohort(
     shape = (len(ids), count, batch)
     inputs, labels, weights = _gather(store, rows.reshape(shape), widths[-1], pad)
     width = width.reshape(shape).max(axis=2, initial=0).astype(np.int32)
-    return Batches(inputs=inputs, labels=labels, weights=weights, width=width, widths=tuple(widths))
+    constants = {"examples": np.append(federated.sizes(store), 0)[ids].astype(np.float32)}
+    return Batches(inputs, labels, weights, width, tuple(widths), constants)
 
 
 def items(

@@ -1,0 +1,99 @@
+"""LoRA without a federation: every client fine-tunes its own on the same base. Hu et al., arXiv 2106.09685.
+
+The baseline of rank selection: under a budget of r ranks a site, all sites have the first r of the R ranks, so the start
+is that of a LoRA of rank r and the numerator-to-rank ratio stays what it is at R.
+"""
+
+from collections.abc import Callable
+
+import jax
+import optax
+
+from fedjax_peft import local, ranks, trees
+from fedjax_peft.types import Algorithm, Array, Batches, Model, PyTree, Task
+
+
+def lora(
+    model: Model,
+    task: Task,
+    init_adapters: Callable[[Array], PyTree],
+    optimizer: optax.GradientTransformation,
+    *,
+    multiplier: float = 1.0,
+    schedule: optax.Schedule | None = None,
+    personal_rate: float = 1.0,
+) -> Algorithm:
+    """LoRA at a uniform rank.
+
+    Args:
+      model, task: what is trained, and on what loss.
+      init_adapters: (key) -> adapters.
+      optimizer: of the client.
+      multiplier: of alpha / R, to compare with methods that learn a scale.
+      schedule: not read, there are no rounds.
+      personal_rate: factor on the learning rate.
+    """
+    del schedule
+    layout = ranks.layout(concrete(init_adapters))
+
+    def train(base, adapters, batches, key):
+        mask = ranks.first((layout.sites, layout.rank), batches.constants.get("budget", layout.rank))
+        adapters = ranks.scaled(layout, adapters, multiplier * mask)
+        return fine_tune(model, task, base, adapters, optimizer, batches, key, rate=personal_rate)
+
+    return alone(init_adapters, train)
+
+
+def alone(init_adapters: Callable[[Array], PyTree], train: Callable[..., tuple[PyTree, dict]]) -> Algorithm:
+    """A method in which nothing is shared but the adapters that all start from.
+
+    Args:
+      init_adapters: (key) -> adapters.
+      train: (base, adapters, batches, key) -> (adapters, metrics) of one client.
+    """
+
+    def client_update(base, server, client, batches, key):
+        return client, (), train(base, server, batches, key)[1]
+
+    return Algorithm(
+        init=init_adapters,
+        init_client=lambda server, client_id, key: (),
+        client_update=client_update,
+        fold=lambda uploads, cohort: (),
+        server_update=lambda server, sums: (server, {}),
+        personalize=lambda base, server, client, batches, key: train(base, server, batches, key)[0],
+        traffic=lambda server: (0, 0),
+    )
+
+
+def fine_tune(
+    model: Model,
+    task: Task,
+    base: PyTree,
+    adapters: PyTree,
+    optimizer: optax.GradientTransformation,
+    batches: Batches,
+    key: Array,
+    *,
+    rate: Array | float = 1.0,
+) -> tuple[PyTree, dict[str, Array]]:
+    """Trains all of the adapters but their scales on the batches of one client: (adapters, mean metrics)."""
+    loss = local.objective(model, task, base)
+    fixed = trees.select(adapters, lambda leaf: leaf == "scale")
+    start = trees.select(adapters, lambda leaf: leaf != "scale")
+
+    def objective(trained, batch, key):
+        return loss(trees.join(trained, fixed), batch, key)
+
+    trained, _, metrics = local.train(objective, optimizer, start, optimizer.init(start), batches, key, rate=rate)
+    return trees.join(trained, fixed), metrics
+
+
+def concrete(init_adapters: Callable[[Array], PyTree]) -> PyTree:
+    """The adapters that `init_adapters` makes, of which only the scales are computed; all else are shapes."""
+
+    def scales():
+        return trees.select(init_adapters(jax.random.key(0)), lambda leaf: leaf == "scale")
+
+    shapes = jax.eval_shape(init_adapters, jax.random.key(0))
+    return trees.join(jax.jit(scales)(), trees.select(shapes, lambda leaf: leaf != "scale"))

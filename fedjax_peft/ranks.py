@@ -1,0 +1,138 @@
+"""Ranks of LoRA adapters as rows of one table: scored, chosen under a budget, counted.
+
+    J sites with a LoRA, a layer of a stack counting by itself   R ranks of each
+
+Scores are `[J, R]`. Sites stand in the order in which a text passes them: by layer, then by name; what lies behind the
+stacks comes last.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_peft import adapters as adapters_lib
+from fedjax_peft.types import Array, PyTree
+
+
+class Layout(NamedTuple):
+    """Which row of `[J, R]` belongs to which LoRA."""
+
+    names: tuple[str, ...]  # [J] dotted names of the sites
+    rank: int  # R
+    paths: tuple[tuple[str, ...], ...]  # of the LoRAs
+    shapes: tuple[tuple[int, ...], ...]  # of their scales, [.., R]
+    order: np.ndarray  # [J] rows of all LoRAs' scales, one below the other
+    widths: np.ndarray  # [J] outputs F
+
+    @property
+    def sites(self) -> int:
+        return len(self.names)
+
+
+def layout(adapters: PyTree) -> Layout:
+    """The layout of concrete adapters; layers that the targets leave out, whose scale is 0, have no row.
+
+    Raises:
+      ValueError: there is no LoRA.
+    """
+    loras = {path: node for path, node in adapters_lib.nodes(adapters).items() if isinstance(node, adapters_lib.LoRA)}
+    if not loras:
+        raise ValueError("ranks need LoRA adapters: adapter.kind 'lora' and targets that name a site")
+    rows = []
+    for path, node in sorted(loras.items()):
+        active = np.asarray(node.scale).any(axis=-1).reshape(-1)
+        names = adapters_lib.names(path, len(active) if node.scale.ndim > 1 else None)
+        for layer, name in enumerate(names):
+            rows.append((not adapters_lib.is_stacked(path), layer, path, name, node.b.shape[-1], active[layer]))
+    order = sorted((row[:3], index) for index, row in enumerate(rows) if row[-1])
+    chosen = [index for _, index in order]
+    paths = tuple(sorted(loras))
+    return Layout(
+        names=tuple(rows[index][3] for index in chosen),
+        rank=loras[paths[0]].scale.shape[-1],
+        paths=paths,
+        shapes=tuple(loras[path].scale.shape for path in paths),
+        order=np.array(chosen),
+        widths=np.array([rows[index][4] for index in chosen]),
+    )
+
+
+def table(layout: Layout, adapters: PyTree) -> Array:
+    """The scales of all LoRAs as one table `[J, R]`."""
+    nodes = adapters_lib.nodes(adapters)
+    return jnp.concatenate([nodes[path].scale.reshape(-1, layout.rank) for path in layout.paths])[layout.order]
+
+
+def scaled(layout: Layout, adapters: PyTree, scores: Array) -> PyTree:
+    """The adapters with their scales multiplied by `[J, R]` scores."""
+    sizes = [int(np.prod(shape[:-1])) for shape in layout.shapes]
+    stacked = jnp.zeros((sum(sizes), layout.rank), scores.dtype).at[layout.order].set(scores)
+    parts = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+    flat = adapters_lib.nodes(adapters)
+    for path, shape, rows in zip(layout.paths, layout.shapes, parts, strict=True):
+        flat[path] = flat[path].replace(scale=flat[path].scale * stacked[rows].reshape(shape))
+    return adapters_lib.nest(flat)
+
+
+def magnitudes(layout: Layout, adapters: PyTree) -> Array:
+    """[J, R] sum over outputs of |B|, how much of each rank is in use."""
+    nodes = adapters_lib.nodes(adapters)
+    sums = [jnp.sum(jnp.abs(nodes[path].b), -1).reshape(-1, layout.rank) for path in layout.paths]
+    return jnp.concatenate(sums)[layout.order]
+
+
+def top(scores: Array, count: Array | int) -> Array:
+    """The `count` largest of all scores `[J, R]` as a mask of 0 and 1; equal scores go to the lower index.
+
+    `count` may be traced, so one compiled program serves all budgets. Masks of smaller counts are parts of larger ones.
+    """
+    flat = scores.reshape(-1)
+    order = jnp.argsort(-flat, stable=True)
+    place = jnp.zeros(flat.shape, jnp.int32).at[order].set(jnp.arange(flat.size, dtype=jnp.int32))
+    return (place < count).astype(jnp.float32).reshape(scores.shape)
+
+
+def first(shape: tuple[int, int], budget: Array | int) -> Array:
+    """The first `budget` ranks of every site, as a mask `[J, R]`: LoRA of a uniform rank."""
+    return jnp.broadcast_to(jnp.arange(shape[1]) < budget, shape).astype(jnp.float32)
+
+
+def kept(layout: Layout, adapters: PyTree) -> Array:
+    """[J] ranks of each site whose scale is not 0."""
+    return jnp.sum(table(layout, adapters) != 0, axis=-1, dtype=jnp.int32)
+
+
+def check_budgets(budgets: tuple[int, ...], rank: int) -> None:
+    """Raises ValueError for a budget that ranks of `rank` a site cannot fill."""
+    for budget in budgets:
+        if not 1 <= budget <= rank:
+            raise ValueError(f"a budget is {budget} ranks a site, expected 1 to adapter.rank, which is {rank}")
+
+
+@jax.custom_jvp
+def clamp(x: Array, low: float, high: float) -> Array:
+    """`x` held within [low, high]; its gradient passes as if it were not, outside of the bounds too."""
+    return jnp.clip(x, low, high)
+
+
+@clamp.defjvp
+def _clamp_jvp(primals, tangents):
+    return clamp(*primals), tangents[0]
+
+
+def significance(magnitude: Array, scales: Array) -> Array:
+    """Sum of |B| / scale over all ranks: the Laplace prior on B of BayesTune-LoRA, whose width is the scale.
+
+    Args:
+      magnitude: [J, R] `magnitudes`.
+      scales: [J, R] positive.
+    """
+    return jnp.sum(magnitude / scales)
+
+
+def sparsity(scales: Array) -> Array:
+    """Sum of 100 scale + ln scale: minus the logarithm of the Gamma prior on scales of BayesTune-LoRA."""
+    scales = scales.astype(jnp.float32)
+    return jnp.sum(100.0 * scales + jnp.log(scales))
