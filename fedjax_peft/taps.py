@@ -6,6 +6,7 @@ examples x tokens x features, so a Linear gives two numbers.
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
@@ -14,25 +15,23 @@ from fedjax_peft import adapters
 from fedjax_peft.types import Array, Model, PyTree
 
 
-def moments(
-    model: Model, base: PyTree, inputs: PyTree, weights: Array, constants: PyTree, *, mask_padding: bool = True
-) -> Array:
+def moments(model: Model, base: PyTree, inputs: PyTree, weights: Array, *, mask_padding: bool = True) -> Array:
     """What one batch has to say.
 
     Args:
       inputs: of the model, `[B, T]` each.
       weights: [B] 0 for padding examples, which never count.
-      constants: of the client; `part`, if it is there, are adapters that belong to its base.
       mask_padding: leave padding tokens out; otherwise they count like others, as in the published code.
 
     Returns:
       [I, 3] number of elements, mean and sum of squared deviations of the input of each of I Linears.
     """
-    taps = traverse_util.flatten_dict(model.taps(base, constants.get("part", {}), inputs))
+    taps = traverse_util.flatten_dict(model.taps(base, {}, inputs))
+    kernels = _kernels(model)
     real = (weights > 0).astype(jnp.float32)
     tokens = real[:, None] * (inputs["mask"] if mask_padding else jnp.ones_like(inputs["mask"]))
     rows = []
-    for path, kernel in _kernels(base):
+    for path, kernel in kernels:
         mean, square = (taps[(*path, name)] for name in ("mean", "square"))
         # Behind pooling an example counts as one.
         stacked = len(kernel.shape) - 2
@@ -45,7 +44,7 @@ def moments(
         spread = jnp.sum(jnp.where(counted > 0, square - 2 * centre * mean + centre**2, 0.0), axes)
         features = kernel.shape[-2]
         rows.append(jnp.stack([count * features, average, spread * features], -1).reshape(-1, 3))
-    return jnp.concatenate(rows)[_order(base)]
+    return jnp.concatenate(rows)[_order(kernels)]
 
 
 def vector(parts: Sequence[np.ndarray], *, dtype: str = "float32", quantity: float | None = None) -> np.ndarray:
@@ -74,19 +73,20 @@ def vector(parts: Sequence[np.ndarray], *, dtype: str = "float32", quantity: flo
     return x.astype(kept).astype(np.float32)
 
 
-def size(base_shapes: PyTree) -> int:
+def size(model: Model) -> int:
     """2 I: entries of `vector` without the quantity."""
-    return 2 * len(_order(base_shapes))
+    return 2 * len(_order(_kernels(model)))
 
 
-def _kernels(base: PyTree) -> list:
-    return [(site.path, site.params["kernel"]) for site in adapters.sites(base) if site.is_dense]
+def _kernels(model: Model) -> list:
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return [(site.path, site.params["kernel"]) for site in adapters.sites(shapes) if site.is_dense]
 
 
-def _order(base: PyTree) -> np.ndarray:
+def _order(kernels: list) -> np.ndarray:
     """Layers one after the other, what lies behind them last, as ranks.layout has it."""
     rows = []
-    for path, kernel in _kernels(base):
+    for path, kernel in kernels:
         layers = kernel.shape[0] if adapters.is_stacked(path) else 1
         rows += [(not adapters.is_stacked(path), layer, path) for layer in range(layers)]
     return np.array(sorted(range(len(rows)), key=rows.__getitem__))
