@@ -109,7 +109,8 @@ def sites(shapes: PyTree) -> list[Site]:
     modules: dict[tuple[str, ...], dict] = {}
     for path, leaf in traverse_util.flatten_dict(shapes).items():
         modules.setdefault(path[:-1], {})[path[-1]] = leaf
-    return [Site(path, names(path, next(iter(params.values())).shape[0]), params) for path, params in sorted(modules.items())]
+    layers = {path: next(iter(params.values())).shape[0] for path, params in modules.items()}
+    return [Site(path, names(path, layers[path]), params) for path, params in sorted(modules.items())]
 
 
 def init(

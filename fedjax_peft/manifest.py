@@ -1,5 +1,6 @@
 """What makes a run repeatable and keeps a run directory to one experiment: manifest.json."""
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from fedjax_peft import metrics
@@ -70,6 +72,16 @@ def write(
         "mesh": dict(mesh.shape),
     }
     metrics.write_json(workdir / "manifest.json", content)
+
+
+def digest(tree: Any) -> str:
+    """SHA-256 of the arrays of a tree."""
+    whole = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.ascontiguousarray(leaf)
+        whole.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        whole.update(array.tobytes())
+    return whole.hexdigest()
 
 
 def environment() -> dict[str, Any]:

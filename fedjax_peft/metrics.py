@@ -41,9 +41,14 @@ def rewind(path: epath.PathLike, rounds: int) -> None:
 
 
 def merge_rows(path: epath.PathLike, rows: Iterable[Mapping[str, Any]], rounds: int) -> None:
-    """Adds rows to a parquet table, in place of those it holds of round `rounds` and later."""
+    """Adds rows to a parquet table, in place of those of their points in round `rounds` and of all later rounds."""
     path, rows = epath.Path(path), list(rows)
-    old = [row for row in read_rows(path) if row["round"] < rounds] if path.exists() else []
+    points = {row["point"] for row in rows}
+
+    def stays(row):
+        return row["round"] < rounds or row["round"] == rounds and row["point"] not in points
+
+    old = [row for row in read_rows(path) if stays(row)]
     table = pa.Table.from_pylist([{name: _plain(value) for name, value in row.items()} for row in old + rows])
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
@@ -52,7 +57,9 @@ def merge_rows(path: epath.PathLike, rows: Iterable[Mapping[str, Any]], rounds: 
 
 
 def read_rows(path: epath.PathLike) -> list[dict[str, Any]]:
-    """The rows of a parquet table."""
+    """The rows of a parquet table; none if it does not exist."""
+    if not epath.Path(path).exists():
+        return []
     with epath.Path(path).open("rb") as file:
         return pq.read_table(file).to_pylist()
 

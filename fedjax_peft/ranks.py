@@ -6,6 +6,7 @@ Scores are `[J, R]`. Sites stand in the order in which a text passes them: by la
 stacks comes last.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_peft import adapters as adapters_lib
+from fedjax_peft import trees
 from fedjax_peft.types import Array, PyTree
 
 
@@ -59,10 +61,21 @@ def layout(adapters: PyTree) -> Layout:
     )
 
 
+def concrete(init_adapters: Callable[[Array], PyTree]) -> PyTree:
+    """The adapters that `init_adapters` makes, of which only the scales are computed; all else are shapes."""
+
+    def scales():
+        return trees.select(init_adapters(jax.random.key(0)), lambda leaf: leaf == "scale")
+
+    shapes = jax.eval_shape(init_adapters, jax.random.key(0))
+    return trees.join(jax.jit(scales)(), trees.select(shapes, lambda leaf: leaf != "scale"))
+
+
 def table(layout: Layout, adapters: PyTree) -> Array:
-    """The scales of all LoRAs as one table `[J, R]`."""
+    """The scales of all LoRAs as one table `[J, R]`; ranks that `adapters.concat` put before these do not count."""
     nodes = adapters_lib.nodes(adapters)
-    return jnp.concatenate([nodes[path].scale.reshape(-1, layout.rank) for path in layout.paths])[layout.order]
+    scales = [nodes[path].scale[..., -layout.rank :].reshape(-1, layout.rank) for path in layout.paths]
+    return jnp.concatenate(scales)[layout.order]
 
 
 def scaled(layout: Layout, adapters: PyTree, scores: Array) -> PyTree:
@@ -99,9 +112,11 @@ def first(shape: tuple[int, int], budget: Array | int) -> Array:
     return jnp.broadcast_to(jnp.arange(shape[1]) < budget, shape).astype(jnp.float32)
 
 
-def kept(layout: Layout, adapters: PyTree) -> Array:
-    """[J] ranks of each site whose scale is not 0."""
-    return jnp.sum(table(layout, adapters) != 0, axis=-1, dtype=jnp.int32)
+def strategy(layout: Layout, adapters: PyTree) -> dict[str, Array]:
+    """What a client keeps at each site: `ranks` [J], how many have a scale that is not 0, and `scale` [J], its mean."""
+    scales = table(layout, adapters)
+    kept = jnp.sum(scales != 0, axis=-1, dtype=jnp.int32)
+    return {"ranks": kept, "scale": jnp.sum(scales, axis=-1) / jnp.maximum(kept, 1)}
 
 
 def check_budgets(budgets: tuple[int, ...], rank: int) -> None:

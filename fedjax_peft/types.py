@@ -85,9 +85,13 @@ class Algorithm(NamedTuple):
     traffic: Callable[[PyTree], tuple[int, int]]
     """(server) -> parameters that one client receives and sends in a round, on the host."""
     observe: Callable[..., PyTree] | None = None
-    """(base, inputs, weights [B], constants) -> what there is to know of one batch of a client's training examples before
-    any training. With `observed` it becomes a constant of the client, computed once a run."""
-    observed: Callable[[Sequence[PyTree]], dict[str, PyTree]] | None = None
-    """(what `observe` said of each batch of one client, on the host) -> constants."""
+    """(base, inputs, weights [B], constants) -> what there is to know of one batch of a client's training examples
+    before any training. With `observed` it becomes a constant of the client, computed once a run."""
+    observed: Callable[[Sequence[PyTree], int], dict[str, PyTree]] | None = None
+    """(what `observe` said of each batch of one client, its number of examples; on the host) -> constants."""
+    shared: Callable[[PyTree], PyTree] | None = None
+    """(server) -> adapters to merge into the base that a further stage starts from."""
+    part: Callable[[PyTree], PyTree] | None = None
+    """(client) -> adapters that belong to this client's own base in a further stage; None if bases do not differ."""
     host_step: Callable[[PyTree], PyTree] | None = None
     """(server) -> server, on the host between rounds."""

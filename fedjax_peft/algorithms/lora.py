@@ -1,12 +1,11 @@
 """LoRA without a federation: every client fine-tunes its own on the same base. Hu et al., arXiv 2106.09685.
 
-The baseline of rank selection: under a budget of r ranks a site, all sites have the first r of the R ranks, so the start
-is that of a LoRA of rank r and the numerator-to-rank ratio stays what it is at R.
+The baseline of rank selection: under a budget of r ranks a site, all sites have the first r of the R ranks, so the
+start is that of a LoRA of rank r, and alpha / r stays what it is at R.
 """
 
 from collections.abc import Callable
 
-import jax
 import optax
 
 from fedjax_peft import local, ranks, trees
@@ -34,7 +33,7 @@ def lora(
       personal_rate: factor on the learning rate.
     """
     del schedule
-    layout = ranks.layout(concrete(init_adapters))
+    layout = ranks.layout(ranks.concrete(init_adapters))
 
     def train(base, adapters, batches, key):
         mask = ranks.first((layout.sites, layout.rank), batches.constants.get("budget", layout.rank))
@@ -87,13 +86,3 @@ def fine_tune(
 
     trained, _, metrics = local.train(objective, optimizer, start, optimizer.init(start), batches, key, rate=rate)
     return trees.join(trained, fixed), metrics
-
-
-def concrete(init_adapters: Callable[[Array], PyTree]) -> PyTree:
-    """The adapters that `init_adapters` makes, of which only the scales are computed; all else are shapes."""
-
-    def scales():
-        return trees.select(init_adapters(jax.random.key(0)), lambda leaf: leaf == "scale")
-
-    shapes = jax.eval_shape(init_adapters, jax.random.key(0))
-    return trees.join(jax.jit(scales)(), trees.select(shapes, lambda leaf: leaf != "scale"))

@@ -90,12 +90,20 @@ def cohort(
 
 
 def items(
-    store: federated.Store, ids: np.ndarray, *, batch: int, pack: int, widths: Sequence[int], pad: int = 0
+    store: federated.Store,
+    ids: np.ndarray,
+    *,
+    batch: int,
+    pack: int,
+    widths: Sequence[int],
+    pad: int = 0,
+    in_order: bool = False,
 ) -> Iterator[Items]:
     """Every example of the clients `ids` exactly once, as packs of I = `pack` batches of one client each.
 
-    Examples are sorted by length within a client and batches by width over all clients, so that there is
-    little padding and at most len(widths) shapes occur, the widest first. Padding ids (N) are skipped.
+    Examples are sorted by length within a client, unless they are to stay `in_order`, and batches by width over all
+    clients, so that there is little padding and at most len(widths) shapes occur, the widest first. Padding ids (N) are
+    skipped.
 
     Raises:
       ValueError: an unknown client id, or an example longer than the last width.
@@ -106,7 +114,7 @@ def items(
         if client < len(federated.sizes(store)):
             rows = federated.rows(store, client)
             # Longest first, so that the partial batch at the end is the cheapest one.
-            rows = rows[np.argsort(-tokens[rows], kind="stable")]
+            rows = rows if in_order else rows[np.argsort(-tokens[rows], kind="stable")]
             batches.append(_padded(rows, -(-len(rows) // batch) * batch, len(tokens)).reshape(-1, batch))
             slots.append(np.full(len(batches[-1]), slot))
     rows, slot = np.concatenate(batches), np.concatenate(slots)
