@@ -7,12 +7,14 @@ References:
   Reddi et al., Adaptive Federated Optimization, arXiv 2003.00295 (server optimizers).
   Sun et al., Improving LoRA in Privacy-preserving Federated Learning, arXiv 2403.12313 (FFA-LoRA).
   Guo et al., Selective Aggregation for Low-Rank Adaptation in Federated Learning, arXiv 2410.01463 (FedSA-LoRA).
+  Iacob et al., DEPT: Decoupled Embeddings for Pre-training Language Models, arXiv 2410.05021 (DEPT).
 
 Every method is a choice of which leaves of the adapters are shared, which stay with the client and which are frozen.
 """
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
@@ -125,7 +127,28 @@ def fedavg(
         shared = adapters_lib.count(server.adapters, is_shared)
         return shared, shared
 
-    return Algorithm(init, init_client, client_update, fold, server_update, personalize, traffic)
+    return Algorithm(init, init_client, client_update, fold, server_update, personalize, traffic, shared=shared)
+
+
+def shared(server: Server) -> PyTree:
+    """Adapters to merge into the base for a further stage.
+
+    Private leaves are as initialised, where they add nothing: dense updates are 0, and B is.
+    """
+    return server.adapters
+
+
+def part(client: Client) -> PyTree:
+    """Adapters that belong to this client's own base in a further stage: its embedding tables; {} without any.
+
+    Raises:
+      ValueError: a client that keeps something else, such as one half of a LoRA, which is no adapter by itself.
+    """
+    own = {path: node for path, node in adapters_lib.nodes(client.private).items() if jax.tree.leaves(node)}
+    others = [".".join(path) for path, node in own.items() if not isinstance(node, adapters_lib.Table)]
+    if others:
+        raise ValueError(f"only embedding tables can be a client's part of a base, not what it keeps at {others[0]}")
+    return adapters_lib.nest(own)
 
 
 def fedit(model, task, init_adapters, optimizer, **settings) -> Algorithm:
@@ -153,6 +176,23 @@ def fedsa_lora(model, task, init_adapters, optimizer, *, private_head: bool = Tr
         return leaf == "b" or (private_head and leaf not in ("a", "scale"))
 
     return fedavg(model, task, init_adapters, optimizer, private=private, **settings)
+
+
+def dept(model, task, init_adapters, optimizer, **settings) -> Algorithm:
+    """DEPT in its SPEC variant: everything is trained, embedding tables stay with the client, the body is averaged.
+
+    Tables are those of words, positions and types, not the LayerNorm behind them. A client that was never sampled has
+    the pretrained ones. The vocabulary is common to all, as in FedP2EFT (arXiv 2502.04387), whose base this can be;
+    the paper's own variant has one for each client.
+
+    Raises:
+      ValueError: adapters without an embedding table.
+    """
+    made = jax.eval_shape(init_adapters, jax.random.key(0))
+    if not any(isinstance(node, adapters_lib.Table) for node in adapters_lib.nodes(made).values()):
+        raise ValueError("dept keeps embedding tables with the clients, so adapter.kind must be 'full'")
+    method = fedavg(model, task, init_adapters, optimizer, private=lambda leaf: leaf == "embedding", **settings)
+    return method._replace(part=part)
 
 
 def local_only(model, task, init_adapters, optimizer, *, keep_optimizer: bool = True, **settings) -> Algorithm:
