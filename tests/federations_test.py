@@ -75,6 +75,81 @@ def test_a_table_without_a_test_split_and_with_unseen_clients(encode, source, tm
     assert set(federation.groups) == {"all"}
 
 
+def texts_of(store, client):
+    """The token sequences of a client's examples, in their order."""
+    return [tuple(np.split(store.tokens, store.token_offsets[1:-1])[row]) for row in federated.rows(store, client)]
+
+
+@pytest.fixture(scope="module")
+def parallel(tmp_path_factory):
+    """The same texts with the same labels in three languages, in files of two splits."""
+    folder = tmp_path_factory.mktemp("parallel")
+    labels = np.random.default_rng(0).integers(0, 3, 120).tolist()
+    for language in ("ar", "bg", "zh"):
+        (folder / language).mkdir()
+        for split, rows in (("train", range(80)), ("validation", range(80, 120))):
+            lines = [json.dumps({"text": f"number {i}", "label": labels[i]}) for i in rows]
+            (folder / language / f"{split}.jsonl").write_text("\n".join(lines))
+    partition = {"name": "by_column_dirichlet", "column": "language", "clients_per_value": 3, "pools": 2, "seed": 0}
+    return {
+        "source": str(folder),
+        "configs": ("ar", "bg", "zh"),
+        "text": "text",
+        "train": "train+validation",
+        "test": None,
+        "partition": partition | {"alpha": 0.5, "parallel": True},
+        "cache": str(folder / "cache"),
+    }
+
+
+def test_a_parallel_corpus_stays_parallel_without_a_test_split(encode, parallel):
+    federation = federations.table(encode, **parallel)
+    assert federated.sizes(federation.train).tolist() == [16] * 18
+    assert federated.sizes(federation.test).tolist() == [4] * 18
+    for store in (federation.train, federation.test):
+        texts = [texts_of(store, client) for client in range(18)]
+        for pool in (texts[:9], texts[9:]):
+            assert pool[:3] == pool[3:6] == pool[6:]
+    one_language = [
+        text for store in (federation.train, federation.test) for k in (0, 1, 2) for text in texts_of(store, k)
+    ]
+    unseen = [text for store in (federation.train, federation.test) for k in (9, 10, 11) for text in texts_of(store, k)]
+    assert len(set(one_language + unseen)) == 120
+    other = federations.table(encode, **parallel | {"seed": 1})
+    assert texts_of(other.test, 0) != texts_of(federation.test, 0)
+
+
+def test_subsets_of_other_sizes_hold_out_their_own_share():
+    rows = {"language": np.array(["a"] * 10 + ["b"] * 30, object), "n": np.arange(40)}
+    split = federations._held_out(rows, 0.2, 0, "language")
+    assert split["test"]["language"].tolist() == ["a"] * 2 + ["b"] * 6
+    assert np.sort(np.concatenate([split["train"]["n"], split["test"]["n"]])).tolist() == list(range(40))
+    assert (np.diff(split["train"]["n"]) > 0).all()
+
+
+def test_limits_keep_the_first_rows_of_a_client_and_tokenize_no_others(encode, parallel):
+    asked = []
+
+    def counted(texts, pairs):
+        asked.append(len(texts))
+        return encode(texts, pairs)
+
+    whole = federations.table(encode, **parallel)
+    small = federations.table(counted, **parallel, train_limit=5, test_limit=9)
+    assert federated.sizes(small.train).tolist() == [5] * 18 and federated.sizes(small.test).tolist() == [4] * 18
+    assert asked == [5 * 18, 4 * 18]
+    for client in range(18):
+        assert texts_of(small.train, client) == texts_of(whole.train, client)[:5]
+        assert texts_of(small.test, client) == texts_of(whole.test, client)
+    assert small.names == whole.names and small.groups == whole.groups
+    for limits, sentence in (
+        ({"train_limit": 0}, "data.train_limit is 0 examples of a client, expected 1 or more"),
+        ({"test_limit": -1}, "data.test_limit is -1 examples of a client, expected 1 or more"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            federations.table(encode, **parallel, **limits)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

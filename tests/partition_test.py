@@ -203,6 +203,84 @@ def test_unseen_pools_are_drawn_on_their_own_labels():
     assert entropy[True][0] == entropy[False][0] and entropy[True][1] > 1.05
 
 
+XNLI_LANGUAGES = ["ar", "bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh"]
+
+
+def test_the_rule_of_xnli():
+    # FedP2EFT, arXiv 2502.04387: 15 parallel languages, 2 pools, 20 clients of 100 train and 25 test examples in each.
+    rng, splits, sizes = np.random.default_rng(1), {}, {"train": 4500, "test": 1100}
+    for split, size in sizes.items():
+        columns = {"language": np.repeat(XNLI_LANGUAGES, size), "label": np.tile(rng.integers(0, 3, size), 15)}
+        splits[split] = columns
+    settings = XNLI | {"clients_per_value": 20, "parallel": True, "rows_per_pool": {"train": 2000, "test": 500}}
+    entropy = {False: [], True: []}
+    for reuse in entropy:
+        for seed in range(4):
+            parts = partition.by_column_dirichlet(splits, **settings | {"seed": seed}, reuse_first_pool=reuse)
+            for split, held in (("train", 100), ("test", 25)):
+                rows = np.array(parts[split]).reshape(2, 15, 20, held)
+                examples = rows - np.arange(15)[:, None, None] * sizes[split]
+                assert (examples >= 0).all() and (examples < sizes[split]).all(), "clients are ordered by language"
+                assert (examples == examples[:, :1]).all(), "client k has the same examples in all languages"
+                seen, unseen = examples[0, 0].ravel(), examples[1, 0].ravel()
+                assert len(np.unique(np.concatenate([seen, unseen]))) == 2 * 20 * held
+            entropy[reuse].append(entropies(splits, parts).reshape(2, -1).mean(1))
+    # Over draws, 0.59 is what Dirichlet(0.5) gives in parts of 100; the published draw had 0.55 and, unseen, 1.09.
+    np.testing.assert_allclose(np.mean(entropy[False], 0), 0.59, atol=0.1)
+    np.testing.assert_allclose(np.mean(entropy[True], 0), [0.59, 1.09], atol=0.1)
+    assert np.abs(np.diff(entropy[False])).min() > 0, "pools have draws of their own"
+
+
+def entropies(splits, parts, split="train", classes=3):
+    shares = histograms(splits, parts, split, classes)
+    shares = shares / shares.sum(1, keepdims=True)
+    return -(shares * np.log(np.maximum(shares, 1e-12))).sum(1)
+
+
+@pytest.mark.parametrize("same_mixes", [False, True])
+def test_the_rule_of_masakhanews(same_mixes):
+    # 16 languages of unequal size, one of them without one of the 7 topics and one with a topic that tests lack.
+    rng, sizes = np.random.default_rng(2), {"train": 120 + 37 * np.arange(16), "test": 40 + 9 * np.arange(16)}
+    splits = {}
+    for split, counts in sizes.items():
+        language, label = np.repeat(np.arange(16), counts), rng.integers(0, 7, counts.sum())
+        label[(language == 3) & (label == 6)] = 0
+        label[(language == 5) & (label == 2) & (split == "test")] = 1
+        splits[split] = {"language": language, "label": label}
+    settings = {"column": "language", "clients_per_value": 10, "seed": 42, "alpha": 0.5, "pools": 2}
+    parts = partition.by_column_dirichlet(splits, **settings, same_mixes=same_mixes)
+    for split, counts in sizes.items():
+        assert len(parts[split]) == 320
+        dealt = np.concatenate(parts[split])
+        assert len(np.unique(dealt)) == len(dealt)
+        held = np.array([len(rows) for rows in parts[split]]).reshape(2, 16, 10)
+        assert np.ptp(held, axis=-1).max() <= 1
+        np.testing.assert_array_equal(held.sum(-1), np.tile(counts // 2, (2, 1)))
+        for client, rows in enumerate(parts[split]):
+            assert (splits[split]["language"][rows] == client // 10 % 16).all()
+
+
+def test_values_and_pools_may_share_their_mixes():
+    splits = languages(parallel=False, train=8000)
+    for same in (False, True):
+        parts = partition.by_column_dirichlet(splits, **XNLI, same_mixes=same)
+        counts = histograms(splits, parts, classes=3).reshape(2, 3, 5, 3)
+        shares = (counts / counts.sum(-1, keepdims=True))[..., :3, :]  # the last clients get what is left
+        assert (np.ptp(shares, axis=(0, 1)).max() < 0.1) == same
+    positions = [np.sort(parts["train"][5 * value] - 8000 * value) for value in range(3)]
+    overlap = np.intersect1d(positions[0], positions[1])
+    assert len(overlap) < len(positions[0]) / 2, "rows would be drawn together"
+
+
+def test_rows_of_a_client_are_in_random_order():
+    splits = {"train": {"label": np.repeat(np.arange(6), 100)}}
+    for name, extra in SETTINGS.items():
+        for rows in getattr(partition, name)(splits, clients=3, seed=0, **extra)["train"]:
+            labels = splits["train"]["label"][rows]
+            half = len(rows) // 2
+            assert set(labels[:half]) == set(labels) or np.bincount(labels)[np.unique(labels)].min() < 6, name
+
+
 def test_draws_of_languages_are_independent_unless_parallel():
     splits = languages()
     rows = partition.by_column_dirichlet(splits, **XNLI)["train"]

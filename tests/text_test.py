@@ -50,6 +50,27 @@ def test_folders_may_have_configs_and_numbered_parts(tmp_path):
     assert both["language"].tolist() == ["fr", "fr", "de"] and both["label"].tolist() == [0, -1, 1]
 
 
+def test_splits_are_joined_in_the_order_given(tmp_path):
+    write(tmp_path / "train.parquet", ROWS[:1])
+    write(tmp_path / "validation.jsonl", ROWS[1:])
+    for config in ("de", "fr"):
+        write(tmp_path / config / "train-00000-of-00001.parquet", ROWS[:2])
+        write(tmp_path / config / "validation.parquet", ROWS[2:])
+    assert text.read(tmp_path, split="train+validation")["label"].tolist() == [1, 0, -1]
+    assert text.read(tmp_path, split="validation + train", columns=["label"])["label"].tolist() == [0, -1, 1]
+    both = text.read_configs(tmp_path, ["fr", "de"], split="train+validation")
+    assert both["label"].tolist() == [1, 0, -1, 1, 0, -1] and both["language"].tolist() == ["fr"] * 3 + ["de"] * 3
+    for config in (None, "de"):
+        with pytest.raises(ValueError, match="no test split .as test.parquet"):
+            text.read(tmp_path, split="train+test", config=config)
+    with pytest.raises(ValueError, match=r"\(validation\) has no column 'premise', only text, label"):
+        write(tmp_path / "train.parquet", [row | {"premise": "so"} for row in ROWS])
+        text.read(tmp_path, split="train+validation", columns=["premise"])
+    with pytest.raises(ValueError, match="the columns of 'validation' and 'train' differ"):
+        text.read(tmp_path, split="train+validation")
+    assert text.read(tmp_path / "train.parquet", split="train+validation")["label"].tolist() == [1, 0, -1]
+
+
 def test_unlabelled_rows_are_left_out(tmp_path):
     table = text.labelled(text.read(write(tmp_path / "a.parquet"), split="train"))
     assert table["text"].tolist() == ['He said "no', "zwei, drei"]

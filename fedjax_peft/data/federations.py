@@ -71,6 +71,8 @@ def table(
     train: str = "train",
     test: str | None = "test",
     test_fraction: float = 0.2,
+    train_limit: int | None = None,
+    test_limit: int | None = None,
     unseen: int = 0,
     seed: int = 0,
     cache: str = "~/.cache/fedjax_peft/partitions",
@@ -86,7 +88,11 @@ def table(
       classes: names of all classes in the order of their numbers; by default those that occur.
       configs: subsets to read one after the other; the new column `language` tells them apart.
       group: column that results are broken down by; the subset if there are several.
-      train, test: splits; with `test` None, a share `test_fraction` of the training rows is held out at random.
+      train, test: splits, also several as in `train+validation`; with `test` None, a share `test_fraction` of the
+        training rows is held out at random, of each subset by itself: at the same positions where subsets are of equal
+        size, so that a parallel corpus stays parallel.
+      train_limit, test_limit: examples that a client keeps at most, to size a run for a small machine: the first of its
+        rows, which the partition has shuffled.
       unseen: clients that never train, drawn at random. A partition with `pools` 2 brings its own.
       seed: of hold-out and unseen clients.
       cache: folder of computed partitions.
@@ -95,7 +101,7 @@ def table(
     tables = {name: text_data.labelled(_read(source, configs, split), label) for name, split in splits.items()}
     tables, classes = text_data.with_labels(tables, label, classes)
     if test is None:
-        tables = _held_out(tables["train"], test_fraction, seed)
+        tables = _held_out(tables["train"], test_fraction, seed, "language" if configs else None)
     group = group or ("language" if configs else None)
     settings = dict(partition)
     name = settings.pop("name", None)
@@ -106,10 +112,11 @@ def table(
     reads = {split: {key: rows[key] for key in columns if key in rows} for split, rows in tables.items()}
     clients = partition_cache.cached(pathlib.Path(cache).expanduser(), partitioner, reads, **settings)
     stores = {}
-    for split, rows in tables.items():
-        encoded = encode(*text_data.texts(rows, text))
-        empty = split == "test"
-        stores[split] = federated.build(encoded, rows[label], clients[split], classes=len(classes), allow_empty=empty)
+    for split, limit in (("train", train_limit), ("test", test_limit)):
+        if limit is not None and limit < 1:
+            raise ValueError(f"data.{split}_limit is {limit} examples of a client, expected 1 or more")
+        clients[split] = [own[:limit] for own in clients[split]]
+        stores[split] = _store(encode, tables[split], text, label, clients[split], classes, allow_empty=split == "test")
     count = len(clients["train"])
     groups = _groups(tables["train"], group, clients["train"])
     numbers = {value: itertools.count() for value in groups}
@@ -127,14 +134,28 @@ def _read(source, configs, split):
     return text_data.read(source, split=split)
 
 
-def _held_out(rows, fraction, seed):
+def _held_out(rows, fraction, seed, subset=None):
+    """Train and test rows, drawn within each value of the column `subset`, by position and by nothing else."""
     size = len(next(iter(rows.values())))
-    order = np.random.default_rng(seed).permutation(size)
-    cut = round(size * (1 - fraction))
-    return {
-        split: {name: column[np.sort(part)] for name, column in rows.items()}
-        for split, part in (("train", order[:cut]), ("test", order[cut:]))
-    }
+    values = rows[subset] if subset else np.zeros(size, np.int32)
+    parts = {"train": [], "test": []}
+    for value in np.unique(values):
+        own = np.flatnonzero(values == value)
+        order = np.random.default_rng(seed).permutation(len(own))
+        cut = round(len(own) * (1 - fraction))
+        parts["train"].append(own[order[:cut]])
+        parts["test"].append(own[order[cut:]])
+    kept = {split: np.sort(np.concatenate(part)) for split, part in parts.items()}
+    return {split: {name: column[part] for name, column in rows.items()} for split, part in kept.items()}
+
+
+def _store(encode, rows, text, label, clients, classes, *, allow_empty):
+    """The rows that clients hold, in their order; no others are tokenized."""
+    first, second = text_data.texts(rows, text)
+    held = np.unique(np.concatenate(clients))
+    encoded = encode([first[row] for row in held], second and [second[row] for row in held])
+    own = [np.searchsorted(held, client) for client in clients]
+    return federated.build(encoded, rows[label][held], own, classes=len(classes), allow_empty=allow_empty)
 
 
 def _groups(rows, group, clients) -> tuple[str, ...]:

@@ -119,7 +119,11 @@ def shard(splits: Splits, *, clients: int, seed: int, shards: int = 2, label: st
     cuts = ((bounds - before[:, None]) / np.maximum(counts, 1)[:, None]).clip(0, 1)
     parts = _by_class(labels, classes, list(cuts), seed)
     dealt = np.random.default_rng(seed).permutation(clients * shards).reshape(clients, shards)
-    return {split: [np.concatenate([rows[i] for i in mine]) for mine in dealt] for split, rows in parts.items()}
+    out = {}
+    for i, (split, rows) in enumerate(parts.items()):
+        rng = _rng(seed, i, 1)
+        out[split] = [rng.permutation(np.concatenate([rows[j] for j in mine])) for mine in dealt]
+    return out
 
 
 def label_sort(
@@ -195,11 +199,7 @@ def inner_dirichlet(splits: Splits, *, clients: int, seed: int, alpha: float, la
       clients: number of clients; their sizes differ by one at most.
       alpha: concentration over classes.
     """
-    labels = _column(splits, label)
-    classes = np.unique(np.concatenate(list(labels.values())))
-    concentration = np.full(len(classes), _positive("alpha", alpha))
-    mixes = np.random.default_rng(seed).dirichlet(concentration, _at_least_one(clients))
-    return {split: _draw_mixes(_rng(seed, i), x, classes, mixes) for i, (split, x) in enumerate(labels.items())}
+    return _inner_dirichlet(_column(splits, label), clients, alpha, mix_seed=seed, row_seed=seed)
 
 
 def by_column_dirichlet(
@@ -214,6 +214,7 @@ def by_column_dirichlet(
     rows_per_pool: dict[str, int] | None = None,
     parallel: bool = False,
     reuse_first_pool: bool = False,
+    same_mixes: bool = False,
 ) -> Partition:
     """`inner_dirichlet` within each value of a column, e.g. a language, and within each pool (as FedP2EFT does).
 
@@ -231,6 +232,8 @@ def by_column_dirichlet(
         them. Otherwise values have draws of their own.
       reuse_first_pool: later pools take the positions that were drawn on the first pool's labels. This repeats an
         inconsistency of the published code, which makes the later pools nearly IID; needs pools of equal size.
+      same_mixes: all values and pools with as many classes draw their rows, each by itself, by one and the same set of
+        mixes. This repeats an accident of the published code: unseen clients then have the mixes of seen ones.
 
     Raises:
       ValueError: a value has too few rows for its pools.
@@ -249,16 +252,25 @@ def by_column_dirichlet(
                     raise ValueError(f"{column} {name} has {len(shuffled)} {split} rows, not {pools} x {size}")
                 here[split] = np.split(shuffled[: size * pools], pools)
             drawn = 0 if reuse_first_pool else pool
-            chosen = inner_dirichlet(
-                {split: {label: labels[split][parts[drawn]]} for split, parts in here.items()},
-                clients=clients_per_value,
-                seed=[seed, 2, drawn, stream],
-                alpha=alpha,
-                label=label,
+            chosen = _inner_dirichlet(
+                {split: labels[split][parts[drawn]] for split, parts in here.items()},
+                clients_per_value,
+                alpha,
+                mix_seed=[seed, 2, 0, 0] if same_mixes else [seed, 2, drawn, stream],
+                row_seed=[seed, 2, drawn, stream],
             )
             for split, parts in here.items():
                 out[split] += [parts[pool][rows] for rows in chosen[split]]
     return out
+
+
+def _inner_dirichlet(
+    labels: dict[str, np.ndarray], clients: int, alpha: float, *, mix_seed: Any, row_seed: Any
+) -> Partition:
+    classes = np.unique(np.concatenate(list(labels.values())))
+    concentration = np.full(len(classes), _positive("alpha", alpha))
+    mixes = np.random.default_rng(mix_seed).dirichlet(concentration, _at_least_one(clients))
+    return {split: _draw_mixes(_rng(row_seed, i), x, classes, mixes) for i, (split, x) in enumerate(labels.items())}
 
 
 def _draw_mixes(

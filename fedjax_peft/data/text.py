@@ -25,14 +25,19 @@ def read(
     Args:
       source: a file .parquet, .csv, .tsv or .jsonl; a folder with [CONFIG/]SPLIT.parquet or the like, also in the hub's
         layout [CONFIG/ or data/]SPLIT-00000-of-00001.parquet; or the name of a data set on the hub.
-      split: 'train', 'test', ..; a file is one split, whatever it is called.
+      split: 'train', 'test', .., or several, as in 'train+validation', one after the other; a file is one split,
+        whatever it is called.
       config: subset of the data set, e.g. a language.
       columns: columns to keep; all by default.
 
     Raises:
-      ValueError: nothing is there, or a column is missing.
+      ValueError: nothing is there, a column is missing, or splits to be joined have different ones.
     """
     path = pathlib.Path(source).expanduser()
+    if path.is_dir() and "+" in split:
+        parts = [part.strip() for part in split.split("+")]
+        tables = [read(source, split=part, config=config, columns=columns) for part in parts]
+        return _joined(source, parts, tables)
     if path.is_dir():
         files = _files(path, split, config)
         table = pyarrow.concat_tables([_READERS[file.suffix](file) for file in files], promote_options="default")
@@ -59,12 +64,8 @@ def read_configs(
 ) -> Table:
     """One split of several subsets, one after the other; the new `column` says which one a row is from."""
     tables = [read(source, split=split, config=config, columns=columns) for config in configs]
-    for config, table in zip(configs, tables, strict=True):
-        if table.keys() != tables[0].keys():
-            raise ValueError(f"{source}: the columns of {config!r} and {configs[0]!r} differ; choose common `columns`")
-    out = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
     sizes = [len(next(iter(table.values()))) for table in tables]
-    return out | {column: np.repeat(np.array(configs, object), sizes)}
+    return _joined(source, configs, tables) | {column: np.repeat(np.array(configs, object), sizes)}
 
 
 def labelled(table: Table, label: str = "label") -> Table:
@@ -125,6 +126,14 @@ def texts(table: Table, columns: str | Sequence[str]) -> tuple[list[str], list[s
             raise ValueError(f"row {rows[0]} of column {name!r} holds {table[name][rows[0]]!r} instead of a text")
     first, second = table[columns[0]], table[columns[1]] if len(columns) == 2 else None
     return list(first), None if second is None else list(second)
+
+
+def _joined(source: str | pathlib.Path, names: Sequence[str], tables: Sequence[Table]) -> Table:
+    """The rows of all tables, one below the other."""
+    for name, table in zip(names, tables, strict=True):
+        if table.keys() != tables[0].keys():
+            raise ValueError(f"{source}: the columns of {name!r} and {names[0]!r} differ; choose common `columns`")
+    return {column: np.concatenate([table[column] for table in tables]) for column in tables[0]}
 
 
 def _files(folder: pathlib.Path, split: str, config: str | None) -> list[pathlib.Path]:
