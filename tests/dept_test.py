@@ -48,10 +48,15 @@ def client_of(state, index):
     return jax.tree.map(lambda leaf: leaf[index], state.population.states)
 
 
+def batches_of(index):
+    batches = federation.data(0, [index]).replace(constants={}, widths=())
+    return jax.tree.map(lambda leaf: leaf[0], batches)
+
+
 def personalized(index):
     """The adapters that a client has before it trains any further."""
     method, state = played()
-    nothing = jax.tree.map(lambda leaf: leaf[0, :0], federation.data(0, [index])).replace(widths=())
+    nothing = jax.tree.map(lambda leaf: leaf[:0], batches_of(index))
     arguments = (state.server, client_of(state, index), nothing, jax.random.key(0))
     return method.personalize(federation.base(), *arguments)
 
@@ -90,7 +95,7 @@ def test_a_further_stage_trains_lora_on_what_the_client_had(index):
     assert list(adapters.nodes(part)) == [WORDS]
     lora = adapters.init(jax.random.key(1), merged, rank=2, targets="query")
     filled = jax.tree.map(lambda leaf: leaf + 0.02, lora)
-    inputs = jax.tree.map(lambda leaf: leaf[0, 0], federation.data(0, [index])).inputs
+    inputs = jax.tree.map(lambda leaf: leaf[0], batches_of(index).inputs)
     for own in (lora, filled):
         found = toy.model().apply(merged, adapters.concat(part, own), inputs)
         expected = toy.model().apply(adapters.merge(federation.base(), personal), own, inputs)

@@ -63,8 +63,8 @@ def client_of(state, index):
 
 
 def batches_of(index, steps=None):
-    own = jax.tree.map(lambda leaf: leaf[0, :steps], federation.data(0, [index]))
-    return own.replace(widths=())
+    batches = federation.data(0, [index]).replace(constants={}, widths=())
+    return jax.tree.map(lambda leaf: leaf[0, :steps], batches)
 
 
 def logits(tree, model_base=None):
