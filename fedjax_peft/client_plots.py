@@ -28,12 +28,13 @@ class Outcome(NamedTuple):
     pool: str
     train: int  # examples
     test: int  # examples
-    stages: dict[str, float]  # headline metric: `majority` where it is known, `base`, `global` and `personal`
+    stages: dict[str, float]  # headline metric: `majority`, `base` and `global` where there are such, `personal`
 
 
-def outcomes(rows: Iterable[Mapping[str, Any]], metric: str, total: int) -> list[Outcome]:
-    """One outcome a client that has test examples, from rows of clients.parquet."""
-    wanted = {(0, "global"): "base", (total, "global"): "global", (total, "personal"): "personal"}
+def outcomes(rows: Iterable[Mapping[str, Any]], metric: str, total: int, personal: str = "personal") -> list[Outcome]:
+    """One outcome a client that has test examples, from rows of clients.parquet; `personal` names the point to show."""
+    # Without rounds the global model is the base.
+    wanted = {(total, "global"): "global", (0, "global"): "base", (total, personal): "personal"}
     found: dict[int, Outcome] = {}
     for row in rows:
         stage = wanted.get((row["round"], row["point"]))
@@ -48,7 +49,9 @@ def outcomes(rows: Iterable[Mapping[str, Any]], metric: str, total: int) -> list
     return list(found.values())
 
 
-def dots(clients: Sequence[Outcome], algorithm: str, metric: str, title: str) -> figure.Figure:
+def dots(
+    clients: Sequence[Outcome], algorithm: str, metric: str, title: str, personal: str = "personalized"
+) -> figure.Figure:
     """A row a client, or a group where clients are many: majority label, base, federated and personalized."""
     counts = {key: len({(client.pool, getattr(client, key)) for client in clients}) for key in ROWS}
     key = next((key for key, most in ROWS.items() if counts[key] <= most), "pool")
@@ -64,7 +67,7 @@ def dots(clients: Sequence[Outcome], algorithm: str, metric: str, title: str) ->
         _panel(panel, rows, key, shown, single)
         panel.set_title(f"{pool}: {sum(map(len, rows))} clients, their means dotted")
     panels[-1].set_xlabel(axis_label(metric) + ("" if single else "; marks: median of clients, bars: middle half"))
-    labels = {"majority": "majority label", "base": "base", "global": algorithm, "personal": "personalized"}
+    labels = {"majority": "majority label", "base": "base", "global": algorithm, "personal": personal}
     marks = [lines.Line2D([], [], label=labels[stage], **_mark(stage)) for stage in shown]
     picture.legend(handles=marks, loc="outside lower center", ncols=len(marks))
     return picture
@@ -77,7 +80,9 @@ def gain(clients: Sequence[Outcome], metric: str, title: str) -> figure.Figure:
     panel.axhline(0, color="0.3", linewidth=0.8)
     largest, handles = max(client.test for client in clients), []
     for (color, marker), (pool, members) in zip(itertools.cycle(POOLS), _by("pool", clients).items(), strict=False):
-        change = _values(members, "personal") - _values(members, "global")
+        # Some methods have no model that all clients share, so they start from the base.
+        before = "global" if "global" in members[0].stages else "base"
+        change = _values(members, "personal") - _values(members, before)
         area = [12 + 188 * client.test / largest for client in members]
         # A logarithmic axis has no zero.
         size = [max(client.train, 0.5) for client in members]
@@ -135,14 +140,18 @@ def _by(key: str, clients: Iterable[Outcome]) -> dict[Any, list[Outcome]]:
     return parts
 
 
+def drawable(name: str, most: int = 24) -> str:
+    """A name of at most `most` letters, with what the font cannot draw written as escapes."""
+    known = font_manager.get_font(font_manager.findfont(FONT)).get_charmap()
+    name = name if len(name) <= most else name[: most - 1] + "…"
+    return "".join(letter if ord(letter) in known else ascii(letter)[1:-1] for letter in name).replace("$", r"\$")
+
+
 def _name(members: Sequence[Outcome], key: str) -> str:
-    """Name and test examples of a row, with what the font cannot draw written as escapes."""
-    name = getattr(members[0], key) if len(members) > 1 else members[0].name
-    drawable = font_manager.get_font(font_manager.findfont(FONT)).get_charmap()
-    name = name if len(name) <= 24 else name[:23] + "…"
-    name = "".join(letter if ord(letter) in drawable else ascii(letter)[1:-1] for letter in name)
+    """Name and test examples of a row."""
+    name = drawable(getattr(members[0], key) if len(members) > 1 else members[0].name)
     clients = f"{len(members)} clients, " if len(members) > 1 else ""
-    return f"{name}  ({clients}{sum(client.test for client in members):,})".replace("$", r"\$")
+    return f"{name}  ({clients}{sum(client.test for client in members):,})"
 
 
 def _mark(stage: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from matplotlib import axes, figure, ticker
 
-from fedjax_peft import client_plots
+from fedjax_peft import client_plots, rank_plots
 
 STYLE = {
     "font.family": client_plots.FONT,
@@ -33,8 +33,9 @@ def write(
     algorithm: str,
     metric: str,
     total: int,
+    point: str = "personal",
 ) -> None:
-    """Writes curves.png, clients.png and gain.png.
+    """Writes clients.png, gain.png and, of a run of rounds, curves.png.
 
     Args:
       folder: made if it does not exist.
@@ -43,23 +44,69 @@ def write(
       algorithm: name for titles.
       metric: column of rows to show.
       total: rounds of the run.
+      point: at which clients are personalized.
     """
-    folder = epath.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    clients = client_plots.outcomes(rows, metric, total)
-    title = f"{algorithm} after {total} rounds"
+    clients = client_plots.outcomes(rows, metric, total, point)
+    personal = "personalized" if point == "personal" else point
+    title = f"{algorithm} after {total} rounds" if total or point == "personal" else algorithm
     with matplotlib.rc_context(STYLE):
         pictures = {
-            "curves": curves(rounds, rows, metric, title),
-            "clients": client_plots.dots(clients, algorithm, metric, title),
-            "gain": client_plots.gain(clients, metric, title),
+            "clients": client_plots.dots(clients, algorithm, metric, title, personal),
+            "gain": client_plots.gain(clients, metric, title if point == "personal" else point),
         }
-        for name, picture in pictures.items():
-            with (folder / f"{name}.png").open("wb") as file:
-                picture.savefig(file, dpi=160)
+        # A method that never trains in rounds has no curves.
+        if total or point == "personal":
+            pictures["curves"] = curves(rounds, rows, metric, title, total, point)
+        _save(folder, pictures)
 
 
-def curves(rounds: Sequence[Mapping], rows: Iterable[Mapping], metric: str, title: str) -> figure.Figure:
+def write_budgets(
+    folder: epath.PathLike,
+    strategies: Sequence[Mapping[str, Any]],
+    scores: Mapping[str, Mapping[tuple[str, int | None], float]],
+    *,
+    method: str,
+    budget: int,
+    metric: str,
+) -> None:
+    """Writes ranks.png and distances.png of one method at one budget, and budgets.png of all methods.
+
+    A picture with nothing to compare is left out: one group has no distances, one budget makes no curve.
+
+    Args:
+      folder: made if it does not exist.
+      strategies: rows of strategies.parquet.
+      scores: {pool: {(method, budget): mean over groups}}; what has no budget is not drawn but for `base`.
+      method, budget: whose ranks to show, of the clients of the first pool.
+      metric: of the scores.
+    """
+    pool, point = next(iter(scores)), f"{method} r{budget}"
+    rows = [row for row in strategies if (row["pool"], row["point"]) == (pool, point)]
+    pictures = {}
+    with matplotlib.rc_context(STYLE):
+        if rows:
+            kept, title = rank_plots.kept(rows), f"{point}, {pool} clients"
+            pictures["ranks"] = rank_plots.heat_map(kept, title)
+            if len(kept.groups) > 1:
+                pictures["distances"] = rank_plots.distances(kept, budget, title)
+        if len({at for of in scores.values() for _, at in of if at}) > 1:
+            panels = {pool: rank_plots.curves(of) for pool, of in scores.items()}
+            bases = {pool: of["base", None] for pool, of in scores.items()}
+            pictures["budgets"] = rank_plots.against_budget(panels, bases, metric)
+        _save(folder, pictures)
+
+
+def _save(folder: epath.PathLike, pictures: Mapping[str, figure.Figure]) -> None:
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures.items():
+        with (folder / f"{name}.png").open("wb") as file:
+            picture.savefig(file, dpi=160)
+
+
+def curves(
+    rounds: Sequence[Mapping], rows: Iterable[Mapping], metric: str, title: str, total: int, point: str = "personal"
+) -> figure.Figure:
     """Training loss, the metric of each pool, throughput and padding over rounds."""
     picture = figure.Figure(figsize=(8, 5))
     picture.suptitle(title)
@@ -67,7 +114,7 @@ def curves(rounds: Sequence[Mapping], rows: Iterable[Mapping], metric: str, titl
     # A round in which nobody reported has no loss, whatever its line says.
     _trend(loss, rounds, [line["loss"] if line["reported"] else np.nan for line in rounds])
     loss.set(title="training: mean over the cohort's examples", ylabel="loss (nats)")
-    _evaluations(scores, rows, metric)
+    _evaluations(scores, rows, metric, total, point)
     _trend(speed, rounds, [line["tokens_per_second"] for line in rounds], from_zero=True)
     speed.set(ylabel="tokens / s", xlabel="round")
     speed.yaxis.set_major_formatter(ticker.EngFormatter(sep=""))
@@ -90,7 +137,7 @@ def _trend(panel: axes.Axes, rounds: Sequence[Mapping], values: Sequence[float],
     panel.grid(axis="y", color="0.92")
 
 
-def _evaluations(panel: axes.Axes, rows: Iterable[Mapping], metric: str) -> None:
+def _evaluations(panel: axes.Axes, rows: Iterable[Mapping], metric: str, total: int, point: str) -> None:
     """Mean and standard deviation over the clients of each pool at each evaluation, and at the end personalized."""
     scores: dict[str, dict[tuple[str, int], list[float]]] = {}
     for row in rows:
@@ -98,16 +145,17 @@ def _evaluations(panel: axes.Axes, rows: Iterable[Mapping], metric: str) -> None
             scores.setdefault(row["pool"], {}).setdefault((row["point"], row["round"]), []).append(row[metric])
     styles = zip(itertools.cycle(client_plots.POOLS), scores.items(), strict=False)
     for shift, ((color, marker), (pool, of)) in enumerate(styles, 1):
-        index = sorted(at for point, at in of if point == "global")
+        index = sorted(at for name, at in of if name == "global")
         low, mean, high = np.transpose([_spread(of["global", at]) for at in index])
         style = {"color": color, "marker": marker}
-        panel.plot(index, mean, markersize=3.5, label=pool, **style)
+        label = pool if len(index) > 1 else f"{pool}, base"
+        panel.plot(index, mean, markersize=3.5, label=label, **style)
         panel.fill_between(index, low, high, color=color, alpha=0.15, linewidth=0)
-        low, mean, high = _spread(of["personal", index[-1]])
+        low, mean, high = _spread(of[point, total])
         style |= {"markersize": 6, "markeredgecolor": "0.1", "linestyle": "", "capsize": 2}
         # Beside the last round, so that the bars of pools do not cover one another.
-        at = (index[-1] or 1) * (1 + 0.035 * shift)
-        panel.errorbar(at, mean, [[mean - low], [high - mean]], label=f"{pool}, personalized", **style)
+        at, name = (total or 1) * (1 + 0.035 * shift), "personalized" if point == "personal" else point
+        panel.errorbar(at, mean, [[mean - low], [high - mean]], label=f"{pool}, {name}", **style)
     panel.set(title="test: mean over clients ± standard deviation", ylabel=client_plots.axis_label(metric))
     panel.grid(axis="y", color="0.92")
     panel.legend(fontsize=8)

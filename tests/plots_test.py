@@ -107,7 +107,7 @@ def test_clients_without_test_examples_are_left_out(tmp_path):
 
 
 def scores_of(rows):
-    return plots.curves(make_rounds(4), rows, "accuracy", "title").axes[1]
+    return plots.curves(make_rounds(4), rows, "accuracy", "title", 4).axes[1]
 
 
 def test_another_metric_has_no_majority():
@@ -140,7 +140,7 @@ def test_the_deviation_never_leaves_the_range_of_the_clients():
 def test_training_starts_at_round_one_and_skips_rounds_without_reports():
     rounds = make_rounds(4)
     rounds[2] |= {"reported": 0, "loss": 0.0}
-    loss, _, speed, waste = plots.curves(rounds, make_rows(2, 2), "accuracy", "title").axes
+    loss, _, speed, waste = plots.curves(rounds, make_rows(2, 2), "accuracy", "title", 4).axes
     np.testing.assert_allclose(loss.get_lines()[0].get_xdata(), [1, 2, 3, 4])
     np.testing.assert_allclose(loss.get_lines()[0].get_ydata(), [3, 2, NAN, 0])
     np.testing.assert_allclose(speed.get_lines()[0].get_ydata(), [0, 100, 200, 300])
@@ -148,7 +148,7 @@ def test_training_starts_at_round_one_and_skips_rounds_without_reports():
 
 
 def test_many_rounds_have_a_running_median():
-    raw, median = plots.curves(make_rounds(60), make_rows(2, 2), "accuracy", "title").axes[0].get_lines()
+    raw, median = plots.curves(make_rounds(60), make_rows(2, 2), "accuracy", "title", 4).axes[0].get_lines()
     assert len(raw.get_xdata()) == 60
     # Of a straight line the median of each window lies on the line: round r has loss 4 - r.
     np.testing.assert_allclose(median.get_ydata(), 4 - median.get_xdata())
@@ -206,3 +206,67 @@ def test_clients_without_training_examples_stand_left_of_one():
     panel = client_plots.gain(client_plots.outcomes(rows, "accuracy", 4), "accuracy", "title").axes[0]
     np.testing.assert_allclose(panel.collections[0].get_offsets()[:, 0], 0.5)
     assert panel.get_xlabel().endswith("(none: 0.5)")
+
+
+def named(rows: list[dict[str, Any]], total: int = 4) -> list[dict[str, Any]]:
+    """The rows with `lora r2` for `personal`, and no model that all clients share but at round 0."""
+    return [
+        row | {"point": {"personal": "lora r2"}.get(row["point"], row["point"])}
+        for row in rows
+        if row["round"] == 0 or row["point"] == "personal"
+    ]
+
+
+def test_a_point_of_another_name_is_compared_with_the_base():
+    rows = named(make_rows(5, 5, unseen=2))
+    outcomes = client_plots.outcomes(rows, "accuracy", 4, "lora r2")
+    assert outcomes[2].stages == pytest.approx({"majority": 0.25, "base": 0.02, "personal": 0.34})
+    seen, _ = client_plots.gain(outcomes, "accuracy", "title").axes[0].collections
+    np.testing.assert_allclose(seen.get_offsets()[:, 1], [0.3, 0.31, 0.32])
+    picture = client_plots.dots(outcomes, "fedp2eft", "accuracy", "title", "lora r2")
+    assert [text.get_text() for text in picture.legends[0].get_texts()] == ["majority label", "base", "lora r2"]
+
+
+def test_a_point_of_another_name_stands_behind_the_last_round():
+    panel = plots.curves(make_rounds(4), named(make_rows(5, 5)), "accuracy", "title", 4, "lora r2").axes[1]
+    assert lines_of(panel)["seen, base"].get_xdata() == [0]
+    (bars,) = panel.containers
+    assert bars.get_label() == "seen, lora r2"
+    assert bars.lines[0].get_xdata()[0] > 4
+
+
+def test_no_rounds_have_no_curves_beside_named_points(tmp_path):
+    rows = named(make_rows(3, 3, total=0), total=0)
+    plots.write(tmp_path / "plots", [], rows, algorithm="lora", metric="accuracy", total=0, point="lora r2")
+    assert {path.stem for path in (tmp_path / "plots").iterdir()} == {"clients", "gain"}
+
+
+def test_without_rounds_the_global_model_is_the_base():
+    (outcome,) = client_plots.outcomes(make_rows(1, 1, total=0), "accuracy", 0)
+    assert set(outcome.stages) == {"majority", "base", "personal"}
+
+
+def strategies(groups: int) -> list[dict[str, Any]]:
+    return [
+        {"client": i, "group": f"g{i}", "pool": pool, "point": point, "site": "classifier", "ranks": i}
+        for i in range(groups)
+        for pool in ("seen", "unseen")
+        for point in ("lora r2", "lora r4")
+    ]
+
+
+@pytest.mark.parametrize(
+    "groups, budgets, pictures",
+    [
+        (3, (2, 4), {"ranks", "distances", "budgets"}),
+        (1, (2, 4), {"ranks", "budgets"}),
+        (3, (2,), {"ranks", "distances"}),
+        (0, (2,), set()),
+    ],
+)
+def test_pictures_of_budgets_need_something_to_compare(tmp_path, groups, budgets, pictures):
+    scores = {
+        pool: {("base", None): 0.1} | {("lora", budget): 0.5 for budget in budgets} for pool in ("seen", "unseen")
+    }
+    plots.write_budgets(tmp_path, strategies(groups), scores, method="lora", budget=2, metric="accuracy")
+    assert {path.stem for path in tmp_path.iterdir()} == pictures

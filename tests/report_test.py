@@ -5,6 +5,7 @@ import math
 import pathlib
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -29,12 +30,18 @@ def write_run(
     algorithm: str = "fedit",
     seed: int = 0,
     sha256: str = "one",
+    rounds: int = 2,
+    personal: Sequence[str] = ("personal",),
+    shared: bool = True,
     **settings: Any,
 ) -> pathlib.Path:
-    """A finished run of two rounds, written as `loop.run` writes it."""
+    """A finished run of two rounds, written as `loop.run` writes it.
+
+    Clients hold a number for base, global and each of the `personal` points; without `shared` there is no global one.
+    """
     workdir.mkdir()
     names = ["loss"] if metric == "loss" else ["loss", metric]
-    points = {"base": (0, "global"), "global": (2, "global"), "personal": (2, "personal")}
+    points = {"base": (0, "global"), "global": (rounds, "global")} | {name: (rounds, name) for name in personal}
     rows = [
         {
             "round": index, "client": client, "name": name, "group": group, "pool": pool, "point": point,
@@ -42,27 +49,45 @@ def write_run(
         }
         | dict.fromkeys(names, 1.0 if test else NAN)
         | {metric: values[stage]}
-        for stage, (index, point) in enumerate(points.values())
+        for stage, (name_of, (index, point)) in enumerate(points.items())
+        if name_of != "global" or (shared and rounds)
         for client, (name, (group, pool, train, test, majority, values)) in enumerate(clients.items())
     ]  # fmt: skip
-    summary: dict[str, Any] = {"rounds": 2, "pools": {}}
+    summary: dict[str, Any] = {"rounds": rounds, "pools": {}}
     for pool in dict.fromkeys(row["pool"] for row in rows):
         summary["pools"][pool] = {
             name: evaluate.summarize(
                 [row for row in rows if (row["pool"], row["round"], row["point"]) == (pool, *key)], names
             )
             for name, key in points.items()
+            if shared or name != "global"
         }
-    for index in range(2):
+    for index in range(rounds):
         line = {"round": index, "loss": 2.0 - index, "reported": 3, "tokens_per_second": 100.0, "padding_waste": 0.25}
         metrics.append_line(workdir / "rounds.jsonl", line)
     metrics.merge_rows(workdir / "clients.parquet", rows, 3)
+    if personal != ("personal",):
+        metrics.merge_rows(workdir / "strategies.parquet", strategies(clients, personal), rounds)
     metrics.write_json(workdir / "summary.json", summary)
     experiment = {"algorithm": {"name": algorithm}, "seed": seed, "adapter": {"rank": 8, "alpha": 16.0}, **settings}
     metrics.write_json(
         workdir / "manifest.json", {"experiment": experiment, "sha256": {"base": "base", "test": sha256}}
     )
     return workdir
+
+
+def strategies(clients: dict[str, Any], personal: Sequence[str]) -> list[dict[str, Any]]:
+    """Strategies of two sites: the first keeps all ranks."""
+    return [
+        {
+            "round": 2, "client": client, "name": name, "group": group, "pool": pool, "point": point,
+            "site": f"encoder.layer.{layer}.attention.self.query", "ranks": (1 - layer) * 2 * budget, "scale": 1.0,
+        }
+        for point in personal
+        if (budget := report.split(point)[1])
+        for client, (name, (group, pool, *_)) in enumerate(clients.items())
+        for layer in range(2)
+    ]  # fmt: skip
 
 
 def cells(printed: str) -> list[list[str]]:
@@ -174,6 +199,144 @@ def test_runs_on_other_data_are_marked(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "differ in the SHA-256 of test" in printed
     assert "SHA-256 of base" not in printed
+
+
+# Groups differ in size, so that means over clients, over groups and over examples differ.
+WAYS = ("fedp2eft r2", "fedp2eft r4", "lora r2", "lora")
+SEVERAL = {
+    "a0": ("A", "seen", 8, 3, 0.5, (0.0, 0.1, 0.9, 1.0, 0.3, 0.0)),
+    "a1": ("A", "seen", 8, 1, 0.5, (0.4, 0.3, 0.1, 1.0, 0.3, 0.4)),
+    "b0": ("B", "seen", 8, 9, 0.5, (0.2, 0.2, 0.5, 0.5, 0.4, 0.2)),
+    "a2": ("A", "unseen", 8, 1, 0.5, (0.1, 0.1, 0.2, 0.3, 0.1, 0.1)),
+}
+
+
+def several(change: float = 0.0) -> dict[str, Any]:
+    return {name: (*rest, tuple(value + change for value in values)) for name, (*rest, values) in SEVERAL.items()}
+
+
+def tables(printed: str) -> list[list[list[str]]]:
+    """The cells of each printed table."""
+    return [cells("┃" + part) for part in printed.split("┏")[1:]]
+
+
+def test_several_ways_to_personalize_stand_side_by_side_in_a_table_a_pool(tmp_path, capsys):
+    report.show(write_run(tmp_path / "run", SEVERAL, algorithm="fedp2eft", personal=WAYS))
+    printed = capsys.readouterr().out
+    assert "Accuracy after 2 rounds of fedp2eft: seen clients" in printed
+    seen, unseen, budgets = tables(printed)
+    assert seen[1:] == [
+        ["group", "base", "global", "fedp2eft r2", "fedp2eft r4", "lora r2", "lora"],
+        ["A", "0.100", "0.150", "0.700", "1.000", "0.300", "0.100"],
+        ["B", "0.200", "0.200", "0.500", "0.500", "0.400", "0.200"],
+        ["mean over 3 clients", "0.200", "0.200", "0.500", "0.833", "0.333", "0.200"],
+        ["mean over 2 groups", "0.150", "0.175", "0.600", "0.750", "0.350", "0.150"],
+        ["standard deviation", "0.163", "0.082", "0.327", "0.236", "0.047", "0.163"],
+        ["worst 10 %", "0.000", "0.100", "0.100", "0.500", "0.300", "0.000"],
+    ]
+    assert [row[0] for row in unseen[1:4]] == ["group", "A", "mean over 1 clients"]
+    assert budgets[1:] == [
+        ["method", "pool", "base", "r2", "r4", "no budget"],
+        ["fedp2eft", "seen", "0.150", "0.600", "0.750", "–"],
+        ["lora", "seen", "0.150", "0.350", "–", "0.150"],
+        ["fedp2eft", "unseen", "0.100", "0.200", "0.300", "–"],
+        ["lora", "unseen", "0.100", "0.100", "–", "0.100"],
+    ]
+    pictures = {path.stem for path in (tmp_path / "run" / "plots").iterdir()}
+    assert pictures == {"curves", "clients", "gain", "ranks", "distances", "budgets"}
+
+
+def test_many_ways_have_a_table_a_budget_within_160_columns(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "_draw", lambda run, rows: None)
+    ways = [
+        f"{method} r{budget}" for budget in (2, 16) for method in ("fedp2eft", "lora", "adalora", "bayes", "random")
+    ]
+    clients = {"a": ("A", "seen", 8, 4, 0.5, tuple(index / 100 for index in range(12)))}
+    report.show(write_run(tmp_path / "run", clients, personal=ways))
+    printed = capsys.readouterr().out
+    two, sixteen, budgets = tables(printed)
+    assert two[1] == ["group", "base", "global", *ways[:5]]
+    assert sixteen[1] == ["group", "base", "global", *ways[5:]]
+    assert sixteen[2] == ["A", "0.000", "0.010", "0.070", "0.080", "0.090", "0.100", "0.110"]
+    assert len(budgets) == 2 + 5
+    assert max(len(line) for line in printed.splitlines() if line[:1] in "┏│") <= 160
+
+
+@pytest.mark.parametrize("rounds, shared", [(0, True), (2, False)])
+def test_without_a_trained_global_model_there_is_no_column_of_it(tmp_path, capsys, rounds, shared):
+    run = write_run(tmp_path / "run", SEVERAL, algorithm="lora", personal=WAYS, rounds=rounds, shared=shared)
+    report.show(run)
+    printed = capsys.readouterr().out
+    assert printed.startswith("Accuracy of lora:" if rounds == 0 else "Accuracy after 2 rounds of lora:")
+    assert tables(printed)[0][1] == ["group", "base", *WAYS]
+    assert (run / "plots" / "curves.png").exists() == bool(rounds)
+    report.compare([run])
+    assert not any(row[0] == "global" for row in cells(capsys.readouterr().out))
+
+
+def test_a_single_way_keeps_the_table_of_one_under_its_name(tmp_path, capsys):
+    report.show(write_run(tmp_path / "run", personal=("fedp2eft r2",)))
+    table = cells(capsys.readouterr().out)
+    assert table[0] == ["group", "pool", "train", "test", "majority", "base", "fedit", "fedp2eft r2"]
+    assert table[1][-1] == "0.800"
+
+
+def test_ways_are_averaged_over_seeds_and_shown_for_each_group(tmp_path, capsys):
+    runs = [write_run(tmp_path / str(seed), several(0.1 * seed), personal=WAYS, seed=seed) for seed in range(3)]
+    report.compare(runs)
+    ways, seen, unseen = tables(capsys.readouterr().out)
+    assert ways[1] == ["way", "pool", "seeds", "clients", "mean over clients", "mean over groups", "worst 10 %"]
+    assert [row[0] for row in ways[2:8]] == ["base", "global", *WAYS]
+    # Seeds add 0, .1 and .2: mean .1 more, deviation (over two degrees of freedom) .1.
+    assert ways[4] == ["fedp2eft r2", "seen", "3", "3", "0.600±0.100", "0.700±0.100", "0.200±0.100"]
+    assert len(ways) == 2 + 2 * 6
+    assert seen[1:3] == [["group", "base", *WAYS], ["A", *(f"{x:.3f}±0.100" for x in (0.2, 0.8, 1.1, 0.4, 0.2))]]
+    assert [row[0] for row in unseen[2:]] == ["A"]
+
+
+def test_runs_on_one_base_show_it_once_and_points_of_one_name_keep_their_run(tmp_path, capsys):
+    runs = [
+        write_run(tmp_path / "one", SEVERAL, algorithm="fedp2eft", personal=WAYS),
+        write_run(tmp_path / "two", SEVERAL, algorithm="lora", personal=("lora r2", "lora r4"), rounds=0),
+        write_run(tmp_path / "three", SEVERAL, algorithm="fedit"),
+    ]
+    report.compare(runs)
+    names = [row[0] for row in tables(capsys.readouterr().out)[0][2:] if row[1] == "seen"]
+    first = ["base", "fedp2eft: global", "fedp2eft r2", "fedp2eft r4", "fedp2eft: lora r2", "lora"]
+    assert names == [*first, "lora: lora r2", "lora r4", "fedit: global", "fedit"]
+
+
+def test_a_point_named_like_a_run_is_not_mistaken_for_it(tmp_path, capsys):
+    ways = write_run(tmp_path / "one", SEVERAL, algorithm="fedp2eft", personal=WAYS)
+    report.compare([ways, write_run(tmp_path / "two", SEVERAL, algorithm="lora")])
+    names = [row[0] for row in tables(capsys.readouterr().out)[0][2:] if row[1] == "seen"]
+    assert names[-4:] == ["lora r2", "fedp2eft: lora", "lora: global", "lora: personal"]
+
+
+@pytest.mark.parametrize("other", ["group", "many"])
+def test_groups_are_left_out_where_they_differ_or_are_many(tmp_path, capsys, other):
+    clients = {f"c{i}": (f"g{i}", "seen", 8, 4, 0.5, (0.1,) * 6) for i in range(report.GROUPS + (other == "many"))}
+    changed = clients | ({"c0": ("h", *clients["c0"][1:])} if other == "group" else {})
+    report.compare([write_run(tmp_path / str(s), c, personal=WAYS, seed=s) for s, c in enumerate((clients, changed))])
+    assert len(tables(capsys.readouterr().out)) == 1
+    if other == "group":
+        report.compare([tmp_path / "0"])
+        assert len(tables(capsys.readouterr().out)) == 2
+
+
+@pytest.mark.parametrize(
+    "point, method, budget",
+    [("lora r2", "lora", 2), ("fedp2eft random r16", "fedp2eft random", 16), ("personal", "personal", None)],
+)
+def test_points_are_named_by_method_and_budget(point, method, budget):
+    assert report.split(point) == (method, budget)
+
+
+def test_a_run_that_personalizes_nobody_is_named(tmp_path):
+    run = write_run(tmp_path / "run")
+    metrics.write_json(run / "summary.json", {"rounds": 2, "pools": {}})
+    with pytest.raises(ValueError, match=rf"workdir {run} has no personalized clients"):
+        report.show(run)
 
 
 @pytest.mark.parametrize("missing", ["manifest.json", "clients.parquet", "summary.json"])
