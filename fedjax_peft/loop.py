@@ -84,7 +84,7 @@ def run(
     seed: int,
     total: int,
     chunk: int | None,
-    evaluate_every: int,
+    evaluate_every: int | None,
     checkpoint_every: int,
     keep_checkpoints: int,
 ) -> dict[str, Any]:
@@ -95,7 +95,8 @@ def run(
       seed: of everything random that happens on the device.
       total: rounds of the whole run.
       chunk: clients that a device works on at once; None measures a few and takes the fastest.
-      evaluate_every, checkpoint_every: rounds between two of them; the last round has both.
+      evaluate_every, checkpoint_every: rounds between two of them; the last round has both. None evaluates only the
+        points.
       keep_checkpoints: how many of the newest checkpoints stay.
 
     Returns:
@@ -133,7 +134,7 @@ def run(
                 show(line)
 
         for index in range(start, total):
-            if index % evaluate_every == 0 and (index == 0 or algorithm.shared):
+            if evaluate_every and index % evaluate_every == 0 and (index == 0 or algorithm.shared):
                 record(pending)
                 pending = None
                 judge(server, people, index, now)
@@ -161,7 +162,7 @@ def run(
 
         done = {row["point"] for row in metrics.read_rows(workdir / "clients.parquet") if row["round"] == total}
         # A method that trains no model of its own has nothing to show beside the base of round 0 and its points.
-        ends = (now if algorithm.shared or total == 0 else {}) | dict(points)
+        ends = (now if evaluate_every and (algorithm.shared or total == 0) else {}) | dict(points)
         for name, point in ends.items():
             if name not in done:
                 judge(server, people, total, {name: point})
@@ -352,9 +353,9 @@ def _rows(scores: evaluate.Scores, clients: Clients, index: int, pool: str, poin
 
 def _summary(rows: list[dict[str, Any]], points: Sequence[str]) -> dict[str, Any]:
     """pool -> point -> statistics, of the untrained model (`base`) and of the points of the last round."""
-    total = max(row["round"] for row in rows)
+    total = max((row["round"] for row in rows), default=0)
     fixed = ("round", "client", "name", "group", "pool", "point", "train_examples", "examples", "majority")
-    names = [name for name in rows[0] if name not in fixed]
+    names = [name for name in rows[0] if name not in fixed] if rows else []
     pools: dict[str, Any] = {}
     for pool in dict.fromkeys(row["pool"] for row in rows):
         wanted = {"base": (0, "global")} | {point: (total, point) for point in points}

@@ -81,6 +81,21 @@ def client_states(algorithm: Algorithm, server: PyTree) -> PyTree:
     return jax.eval_shape(algorithm.init_client, server, jax.ShapeDtypeStruct((), jnp.int32), key)
 
 
+def parts(algorithm: Algorithm, server: PyTree, states: PyTree, known: Array) -> PyTree:
+    """What of its base belongs to each client, `[N, ..]`; clients without a state have what everybody starts with.
+
+    Args:
+      states: of all clients, `[N, ..]`.
+      known: [N] which of them have one.
+    """
+
+    def part(client_id, state, known):
+        started = algorithm.init_client(server, client_id, jax.random.key(0))
+        return algorithm.part(trees.where(known, state, started))
+
+    return jax.jit(jax.vmap(part))(jnp.arange(len(known), dtype=jnp.int32), states, known)
+
+
 def make_round(algorithm: Algorithm, mesh: Mesh, chunk: int) -> Callable:
     """Builds the jitted round.
 

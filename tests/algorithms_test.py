@@ -16,7 +16,7 @@ import toy
 from federation import PADDING, assert_close, assert_same, begin, play, snapshot
 
 from fedjax_peft import adapters, aggregate, rounds, tasks, trees
-from fedjax_peft.algorithms import fedavg
+from fedjax_peft.algorithms import adalora, bayestune, fedavg, feddpa, fedl2p, fedp2eft, lora
 from fedjax_peft.types import Algorithm, Model
 
 MODEL, MERGED = toy.model(), adapters.merged(toy.model())
@@ -46,13 +46,14 @@ class Row(NamedTuple):
     private: frozenset[str] = frozenset()  # names of leaves that never leave a client
     model: Model = MODEL
     random: bool = True  # whether the method draws anything itself
+    falls: bool = True  # whether clients go on from where the last round ended
 
 
 def fedopt(name, **settings):
     return fedavg.fedit(MODEL, TASK, LORA, SGD, server_optimizer=aggregate.server_optimizer(name, **settings))
 
 
-HEAD = frozenset({"kernel", "bias"})
+HEAD, AB = frozenset({"kernel", "bias"}), frozenset({"a", "b"})
 TABLE = {
     "fedit": Row(lambda: fedavg.fedit(MODEL, TASK, LORA, SGD)),
     "fedit_adam": Row(lambda: fedavg.fedit(MODEL, TASK, LORA, ADAM), 1e-4),
@@ -68,6 +69,22 @@ TABLE = {
     "fedsa_lora": Row(lambda: fedavg.fedsa_lora(MODEL, TASK, LORA, SGD), private=HEAD | {"b"}),
     "local_only": Row(lambda: fedavg.local_only(MODEL, TASK, LORA, ADAM), 1e-4, HEAD | {"a", "b"}),
     "centralized": Row(lambda: fedavg.centralized(MODEL, TASK, LORA, ADAM), 1e-4),
+    "lora": Row(lambda: lora.lora(MODEL, TASK, ALL, SGD), falls=False),
+    "bayestune": Row(lambda: bayestune.bayestune(MODEL, TASK, ALL, ADAM), 1e-4, falls=False),
+    "fedp2eft": Row(lambda: fedp2eft.fedp2eft(MODEL, TASK, ALL, SGD, rate=0.1, psg_rate=0.03), 1e-4, AB, falls=False),
+    "fedp2eft_reference": Row(
+        lambda: fedp2eft.fedp2eft(MODEL, TASK, ALL, SGD, profile="reference", sample_budget=True),
+        1e-2,  # bfloat16 turns rounding into whole steps
+        AB,
+        falls=False,
+    ),
+    "adalora": Row(lambda: adalora.adalora(MODEL, TASK, ALL, ADAM), 1e-4, falls=False),
+    "fedl2p": Row(lambda: fedl2p.fedl2p(MODEL, TASK, ALL, ADAM, budget=1), 1e-4, AB, falls=False),
+    "dept": Row(
+        lambda: fedavg.dept(MERGED, TASK, FULL, SGD), private=frozenset({"embedding"}), model=MERGED, random=False
+    ),
+    "feddpa": Row(lambda: feddpa.feddpa(MODEL, TASK, LORA, SGD, local_rank=3)),
+    "feddpa_dropout": Row(lambda: feddpa.feddpa(MODEL, TASK, DROPOUT, ADAM, local_rank=3, keep_optimizer=True), 1e-4),
     "full_beside": Row(lambda: fedavg.fedit(MODEL, TASK, FULL, SGD), random=False),
     "full_merged": Row(lambda: fedavg.fedit(MERGED, TASK, FULL, SGD), model=MERGED, random=False),
 }
@@ -197,7 +214,7 @@ def test_without_training_clients_have_the_base(name):
     method, model = algorithm(name), TABLE[name].model
     state, ids = begin(method), np.arange(4, dtype=np.int32)
     batches = federation.data(0, list(ids))
-    none = jax.tree.map(lambda leaf: leaf[:, :0], batches)
+    none = jax.tree.map(lambda leaf: leaf[:, :0], batches.replace(constants={})).replace(constants=batches.constants)
     mesh = rounds.make_mesh(1, 1)
     states = jax.tree.map(lambda leaf: leaf[:4], state.population.states)
     personal = rounds.make_personalize(method, mesh, 4)(
@@ -217,7 +234,7 @@ def test_loss_falls_and_metrics_are_finite(name):
         state, played = play(algorithm(name), state, index, COHORT, batches=federation.data(0, COHORT))
         losses.append(np.mean(played.metrics["clients"]["loss"]))
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((played.metrics, state)))
-    assert losses[-1] < 0.8 * losses[0], losses
+    assert losses[-1] < 0.8 * losses[0] or not TABLE[name].falls, losses
 
 
 @every

@@ -46,8 +46,13 @@ def data(index: int, ids: list[int]) -> Batches:
     taken = jax.tree.map(lambda leaf: leaf[rows], batches)
     weights = np.where(np.equal(ids, PADDING)[:, None, None], 0, own[rows].reshape(-1, steps, size))
     tokens = batches.widths[-1]
+    # Of a client, unlike its batches, these are the same in all rounds.
+    constants = {**toy.batches(0, CLIENTS).constants, "examples": EXAMPLES}
     return taken.replace(
-        weights=weights.astype(np.float32), width=np.zeros((len(rows), steps), np.int32), widths=(tokens,)
+        weights=weights.astype(np.float32),
+        width=np.zeros((len(rows), steps), np.int32),
+        widths=(tokens,),
+        constants=jax.tree.map(lambda leaf: leaf[rows], constants),
     )
 
 

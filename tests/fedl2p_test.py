@@ -288,6 +288,21 @@ def test_the_federation_learns_rates_that_fit_the_held_examples():
     assert np.mean(server.meta.rates) > 2e-3
 
 
+def test_rates_stop_at_zero_and_can_leave_it():
+    method, batches = build(inner_rate=1e-3, network_rate=0.0, rates_rate=0.01), client(6)
+    held = np.asarray(fedl2p.split(batches, 0.8)[1].weights) > 0
+    liar = batches.replace(labels=np.where(held, (batches.labels + 1) % 3, batches.labels))
+    server, step, seen = method.init(KEY), jax.jit(method.client_update), []
+    for own in (liar, liar, batches, batches):
+        _, upload, metrics = step(BASE, server, (), own, KEY)
+        server = server.replace(meta=trees.add(server.meta, upload))
+        seen.append(np.asarray(server.meta.rates))
+        assert all(np.isfinite(value) for value in metrics.values())
+    assert (np.array(seen) >= -1e-9).all() and np.isfinite(seen).all()
+    still = np.array(seen[1]) < 1e-9
+    assert still.any() and (seen[3][still] > 1e-3).any()
+
+
 def test_a_client_of_one_example_learns_no_rates():
     batches = client()
     batches.weights.reshape(-1)[1:] = 0

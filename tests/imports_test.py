@@ -10,7 +10,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "fedjax_peft"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 PURE = {"types", "trees"}
-ENGINE = PURE | {"adapters", "aggregate", "local", "ranks", "tasks"}
+ENGINE = PURE | {"adapters", "aggregate", "local", "ranks", "taps", "tasks"}
 RUN = {"checkpoint", "chunking", "console", "evaluate", "metrics", "population", "rounds"}
 
 # Module or folder -> what of this package it may import. A folder stands for all files in it.
@@ -19,7 +19,8 @@ ALLOWED = {
     "trees": {"types"},
     "tasks": PURE,
     "adapters": PURE,
-    "ranks": PURE,
+    "ranks": PURE | {"adapters"},
+    "taps": PURE | {"adapters"},
     "aggregate": PURE,
     "local": PURE,
     "algorithms": ENGINE | {"algorithms"},

@@ -7,6 +7,7 @@ import numpy as np
 from fedjax_peft.types import Batches, Cohort, Model
 
 VOCABULARY, WIDTH, LAYERS, CLASSES = 32, 12, 2, 3
+TAPS = 2 * (LAYERS + 1)  # two numbers for each Dense
 
 
 def model() -> Model:
@@ -68,6 +69,11 @@ def batches(seed: int, clients: int, steps: int = 3, size: int = 4, tokens: int 
         weights=np.ones((clients, steps, size), np.float32),
         width=np.ones((clients, steps), np.int32),
         widths=(tokens // 2, tokens),
+        constants={
+            "examples": np.full(clients, steps * size, np.float32),
+            "taps": np.random.default_rng(seed).normal(1.0, 0.3, (clients, TAPS)).astype(np.float32),
+            "budget": np.ones(clients, np.int32),
+        },
     )
 
 

@@ -1,17 +1,21 @@
 """The methods, one file each. `ALL` lists what a config may ask for by name."""
 
-from fedjax_peft.algorithms import bayestune, fedavg, fedp2eft, lora
+from fedjax_peft.algorithms import adalora, bayestune, fedavg, feddpa, fedl2p, fedp2eft, lora
 
 ALL = {
     factory.__name__: factory
     for factory in (
+        adalora.adalora,
         bayestune.bayestune,
         fedavg.centralized,
+        fedavg.dept,
         fedavg.fedit,
         fedavg.fedprox,
         fedavg.fedsa_lora,
         fedavg.ffa_lora,
         fedavg.local_only,
+        feddpa.feddpa,
+        fedl2p.fedl2p,
         fedp2eft.fedp2eft,
         lora.lora,
     )

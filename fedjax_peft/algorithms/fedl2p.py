@@ -16,7 +16,7 @@ Differentiated, with H the Hessian of the training loss and v the gradient of th
     dL_val / dr_i = -<p_i, g_i> / r_i,     p = H^-1 v,     p ~ a sum_{k=0..K} (I - a H)^k v
 
 by the Neumann series of Lorraine et al., Optimizing Millions of Hyperparameters by Implicit Differentiation, arXiv
-1911.02590, Alg. 3.
+1911.02590, Alg. 3. Ours: scalars are held at zero or above, and examples are held back by what they say.
 """
 
 from collections.abc import Callable
@@ -32,8 +32,7 @@ from fedjax_peft import aggregate, local, ranks, taps, trees
 from fedjax_peft.types import Algorithm, Array, Batches, Model, PyTree, Task
 
 HIDDEN = 100
-LARGEST = 1000.0  # output of LRNet
-SMALLEST = 1e-8  # rate that a hypergradient is divided by
+SMALLEST = 1e-6  # rate that a hypergradient is divided by
 
 
 @struct.dataclass
@@ -132,6 +131,9 @@ def fedl2p(
         meta = Meta(make_network(jax.random.fold_in(key, 1), inputs, 2 * layout.sites), rates)
         return Server(meta, init_adapters(key))
 
+    def init_client(server, client_id, key):
+        return ()
+
     def masked(adapters, own):
         return ranks.scaled(layout, adapters, ranks.first(shape, own))
 
@@ -151,16 +153,16 @@ def fedl2p(
         def step(carry, index):
             meta, moments = carry
             rates = generated(meta, x, adapters)
-            end, metrics = adapt(
-                objective, start, rates, settings, train, jax.random.fold_in(key, index), wait(train, batches)
-            )
-
+            own = jax.random.fold_in(key, index)
+            end, metrics = adapt(objective, start, rates, settings, train, own, wait(train, batches))
             value, p, slope = solve(objective, end, train, held, neumann_terms, neumann_rate)
             gradient = hypergradient(lambda meta: generated(meta, x, adapters), meta, p, slope)
             updates, moments = adam.update(clipping.update(gradient, ())[0], moments)
             updates = Meta(trees.scale(updates.network, -network_rate), updates.rates * -rates_rate)
             said = metrics | {"validation_loss": value, "mean_rate": jnp.mean(generate(meta, x))}
-            return (optax.apply_updates(meta, updates), moments), said
+            meta = optax.apply_updates(meta, updates)
+            # Below zero a client would climb.
+            return (meta._replace(rates=jnp.maximum(meta.rates, 0.0)), moments), said
 
         start_moments = adam.init(server.meta)
         (meta, _), metrics = jax.lax.scan(step, (server.meta, start_moments), jnp.arange(outer_steps))
@@ -193,33 +195,19 @@ def fedl2p(
         return size, size
 
     return Algorithm(
-        init,
-        lambda server, client_id, key: (),
-        client_update,
-        fold,
-        server_update,
-        personalize,
-        traffic,
-        observe=observe,
-        observed=observed,
+        init, init_client, client_update, fold, server_update, personalize, traffic, observe=observe, observed=observed
     )
 
 
 def make_network(key: Array, inputs: int, outputs: int) -> LRNet:
     """Xavier-normal weights with gain 0.1 and biases 1, so that every client starts with factors near 1."""
 
-    def xavier(index, rows, columns):
+    def linear(index, rows, columns):
         deviation = 0.1 * (2 / (rows + columns)) ** 0.5
-        return deviation * jax.random.normal(jax.random.fold_in(key, index), (rows, columns), jnp.float32)
+        weights = jax.random.normal(jax.random.fold_in(key, index), (rows, columns), jnp.float32)
+        return deviation * weights, jnp.ones(columns, jnp.float32)
 
-    def ones(size):
-        return jnp.ones(size, jnp.float32)
-
-    return LRNet(
-        *(xavier(0, inputs, HIDDEN), ones(HIDDEN)),
-        *(xavier(1, HIDDEN, HIDDEN), ones(HIDDEN)),
-        *(xavier(2, HIDDEN, outputs), ones(outputs)),
-    )
+    return LRNet(*linear(0, inputs, HIDDEN), *linear(1, HIDDEN, HIDDEN), *linear(2, HIDDEN, outputs))
 
 
 def generate(meta: Meta, x: Array) -> Array:
@@ -227,9 +215,7 @@ def generate(meta: Meta, x: Array) -> Array:
     network = meta.network
     hidden = jax.nn.relu(x @ network.w1 + network.b1)
     hidden = jax.nn.relu(hidden @ network.w2 + network.b2)
-    factors = ranks.clamp(hidden @ network.w3 + network.b3, 0.0, LARGEST)
-    # Scalars may learn to fall below zero, where a client would climb.
-    return factors * ranks.clamp(meta.rates, 0.0, jnp.inf)
+    return ranks.clamp(hidden @ network.w3 + network.b3, 0.0, 1000.0) * meta.rates
 
 
 def per_tensor(layout: ranks.Layout, adapters: PyTree, rates: Array, other: float) -> PyTree:
@@ -262,27 +248,16 @@ def split(batches: Batches, share: float) -> tuple[Batches, Batches]:
     order = jnp.sort(jnp.where(real, numbers, jnp.uint32(0xFFFFFFFF)).reshape(-1))
     count = jnp.maximum(jnp.floor(share * jnp.sum(real)).astype(jnp.int32), 1)
     held = real & (numbers > order[count - 1])
-    return (
-        batches.replace(weights=jnp.where(held, 0.0, weights)),
-        batches.replace(weights=jnp.where(held, weights, 0.0)),
-    )
+    first, second = jnp.where(held, 0.0, weights), jnp.where(held, weights, 0.0)
+    return batches.replace(weights=first), batches.replace(weights=second)
 
 
 def adapt(
-    objective: local.Loss,
-    start: PyTree,
-    rates: PyTree,
-    settings: AdamW,
-    batches: Batches,
-    key: Array,
-    waits: Array | None = None,
+    objective: local.Loss, start: PyTree, rates: PyTree, settings: AdamW, batches: Batches, key: Array, waits=None
 ) -> tuple[PyTree, dict[str, Array]]:
     """AdamW whose step of each tensor is multiplied by its rate: (trained, mean metrics).
 
-    Args:
-      objective: (trained, batch, key) -> (loss, metrics).
-      rates: to be broadcast, in the tree of `start`.
-      waits: [S] `waiting`; None has no step wait.
+    `rates` broadcast to the leaves of `start`. `waits` [S] is `waiting`; None lets no step wait.
     """
     b1, b2, eps, decay, clip = settings[:5]
     clipping = optax.identity() if clip is None else optax.clip_by_global_norm(clip)
@@ -325,11 +300,7 @@ def waiting(batches: Batches, whole: Batches) -> Array:
 def solve(
     objective: local.Loss, end: PyTree, train: Batches, held: Batches, terms: int, rate: float
 ) -> tuple[Array, PyTree, PyTree]:
-    """What the implicit equation needs at the end of a fine-tuning, over all examples and without dropout.
-
-    Returns:
-      (validation loss, p, gradient g of the training loss).
-    """
+    """(validation loss, p, slope g of the training loss) at the end of a fine-tuning, over all examples, no dropout."""
 
     def slope(params, batch):
         return jax.grad(objective, has_aux=True)(params, batch, None)[0]
@@ -349,16 +320,12 @@ def solve(
 
 
 def hypergradient(rates: Callable[[PyTree], PyTree], meta: PyTree, p: PyTree, slope: PyTree) -> PyTree:
-    """Minus sum_i <p_i, g_i> / r_i dr_i / dmeta.
-
-    Args:
-      rates: (meta) -> rates in the tree of p and of the slope g.
-    """
+    """-sum_i <p_i, g_i> / r_i dr_i / dmeta, for `rates` (meta) -> r in the tree of p and of the slope g."""
     here = rates(meta)
 
     def product(meta):
         shares = jax.tree.map(lambda rate, now: rate / jnp.maximum(now, SMALLEST), rates(meta), here)
-        return _dot(p, jax.tree.map(jnp.multiply, shares, slope))
+        return optax.tree.vdot(p, jax.tree.map(jnp.multiply, shares, slope))
 
     return trees.scale(jax.grad(product)(meta), -1.0)
 
@@ -394,10 +361,6 @@ def _average(function: Callable[[Batches], PyTree], like: PyTree, batches: Batch
     key = jax.random.key(0)  # not used
     (total, weight), _ = local.scan(step, (trees.zeros_like(like), jnp.float32(0)), batches, key)
     return trees.scale(total, 1.0 / jnp.maximum(weight, 1.0))
-
-
-def _dot(x: PyTree, y: PyTree) -> Array:
-    return sum((jnp.sum(a * b) for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)), jnp.float32(0))
 
 
 def _mixed(numbers: Array) -> Array:

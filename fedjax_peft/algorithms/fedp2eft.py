@@ -47,7 +47,7 @@ class Statistics(NamedTuple):
     """Mean and spread of all x that were uploaded so far."""
 
     count: Array  # []
-    mean: Array  # [I]
+    mean: Array  # [I]; [0] where nobody keeps statistics
     m2: Array  # [I] sum of squared deviations
 
 
@@ -61,7 +61,7 @@ class Server:
 
 class Upload(NamedTuple):
     psg: PSG  # update
-    x: Array  # [I] less the server's mean
+    x: Array  # [I] less the server's mean; [0] where nobody keeps statistics
 
 
 class Sums(NamedTuple):
@@ -136,12 +136,13 @@ def fedp2eft(
     layout = ranks.layout(ranks.concrete(init_adapters))
     shape = (layout.sites, layout.rank)
     inputs = taps.size(model) + include_quantity
+    tracked = inputs if tap_standardize == "running" else 0
     dtype = jnp.dtype(settings.dtype)
     fit = optax.adam(psg_rate)
 
     def init(key):
         psg = make_psg(jax.random.fold_in(key, 1), inputs, psg_width * inputs, shape[0] * shape[1])
-        nothing = Statistics(jnp.float32(0), jnp.zeros(inputs, jnp.float32), jnp.zeros(inputs, jnp.float32))
+        nothing = Statistics(jnp.float32(0), jnp.zeros(tracked, jnp.float32), jnp.zeros(tracked, jnp.float32))
         # The key itself, as in the methods that this one is compared with: all start from the same A.
         return Server(psg, init_adapters(key), nothing, jnp.int32(0))
 
@@ -159,7 +160,7 @@ def fedp2eft(
         x = batches.constants["taps"]
         if features == "constant":
             return jnp.zeros_like(x)
-        return standardized(x, server.statistics) if tap_standardize == "running" else x
+        return standardized(x, server.statistics) if tracked else x
 
     def client_update(base, server, client, batches, key):
         x = read(server, batches).astype(dtype)
@@ -174,7 +175,7 @@ def fedp2eft(
         psg, before, after = regress(psg, x, jax.lax.stop_gradient(target), mask)
         update = jax.tree.map(lambda new, old: new.astype(jnp.float32) - old, psg, server.psg)
         metrics |= {"psg_error": before, "psg_error_after": after, "mean_scale": jnp.mean(target.astype(jnp.float32))}
-        return client, Upload(update, batches.constants["taps"] - server.statistics.mean), metrics
+        return client, Upload(update, batches.constants["taps"][:tracked] - server.statistics.mean), metrics
 
     def sampled(scores, index, key):
         halvings = jnp.array([layout.rank >> power for power in range(layout.rank.bit_length())])
@@ -232,8 +233,7 @@ def fedp2eft(
 
     def traffic(server):
         size = sum(leaf.size for leaf in jax.tree.leaves(server.psg))
-        running = tap_standardize == "running"
-        return size + 2 * inputs * running, size + inputs * running
+        return size + 2 * tracked, size + tracked
 
     return Algorithm(
         init, init_client, client_update, fold, server_update, personalize, traffic, observe=observe, observed=observed

@@ -12,7 +12,7 @@ import numpy as np
 
 from fedjax_peft.data.partition import Partition, Splits
 
-_VERSION = 1  # of the partitioners' rules; raise it when one changes, so that old files are not found
+_VERSION = 2  # of the partitioners' rules; raise it when one changes, so that old files are not found
 
 
 def cached(

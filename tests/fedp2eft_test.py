@@ -1,0 +1,272 @@
+"""The generator of strategies: its size, what it learns, and that it alone travels."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toy
+from federation import assert_close, assert_same
+
+from fedjax_peft import adapters, ranks, tasks, trees
+from fedjax_peft.algorithms import bayestune, fedp2eft
+from fedjax_peft.types import Cohort
+
+MODEL, TASK = toy.model(), tasks.classification()
+BASE = MODEL.init(jax.random.key(1))
+INIT = functools.partial(
+    adapters.init, shapes=jax.eval_shape(lambda: BASE), rank=4, alpha=8.0, targets="all-linear", head="lora"
+)
+LAYOUT = ranks.layout(ranks.concrete(INIT))
+SHAPE = (LAYOUT.sites, LAYOUT.rank)
+SCALES = bayestune.Scales()
+FEDERATION = toy.batches(0, 4).replace(widths=())
+
+
+def method(**settings):
+    return fedp2eft.fedp2eft(MODEL, TASK, INIT, optax.adam(1e-3), **settings)
+
+
+def client(index, budget=1):
+    own = jax.tree.map(lambda leaf: leaf[index], FEDERATION)
+    return own.replace(constants=own.constants | {"budget": np.int32(budget)})
+
+
+def trained(algorithm, server, scores):
+    """A server whose generator answers `scores` to everybody."""
+    psg = server.psg
+    silent = trees.zeros_like(psg).replace(slope=psg.slope, b2=jnp.asarray(scores).reshape(-1))
+    return server.replace(psg=silent)
+
+
+def test_published_sizes():
+    assert fedp2eft.psg_size(148, 74 * 32) == 747_401  # mBERT
+    assert fedp2eft.psg_size(338, 168 * 32) == 3_868_717  # MobileLLaMA-1.4B
+    assert fedp2eft.psg_size(394, 196 * 32) == 5_259_869  # Llama-3.2-3B
+
+
+def test_everybody_starts_with_the_lowest_scale():
+    psg = fedp2eft.make_psg(jax.random.key(0), 148, 296, 74 * 32)
+    x = jax.random.normal(jax.random.key(1), (5, 148)) * 5
+    for row in x:
+        np.testing.assert_allclose(fedp2eft.generate(psg, row, (74, 32), SCALES), 1e-4, atol=1e-9)
+
+
+def test_a_client_leaves_nothing_but_the_generator():
+    algorithm = method()
+    server = algorithm.init(jax.random.key(0))
+    before = jax.tree.map(np.array, (BASE, server.adapters))
+    state, upload, metrics = algorithm.client_update(BASE, server, (), client(0), jax.random.key(1))
+    assert state == ()
+    assert_same((BASE, server.adapters), before)
+    assert jax.tree.structure(upload.psg) == jax.tree.structure(server.psg)
+    assert upload.psg.b2.size == 12 and any(leaf.any() for leaf in jax.tree.leaves(upload.psg))
+    assert metrics["psg_error_after"] < metrics["psg_error"]
+
+
+def test_adam_steps_of_the_generator_move_a_bias_by_its_rate():
+    server = method().init(jax.random.key(0))
+    for steps in (1, 10):
+        _, upload, _ = method(psg_steps=steps, rate=0.1).client_update(BASE, server, (), client(0), jax.random.key(1))
+        moved = np.abs(upload.psg.b2)
+        assert moved.max() <= steps * 1e-4 * 1.001
+        if steps == 1:
+            np.testing.assert_allclose(moved, 1e-4, rtol=1e-3)
+
+
+def test_two_clients_with_their_own_scales_are_told_apart():
+    # The same Adam on the same distance as in a round, many rounds on.
+    psg = fedp2eft.make_psg(jax.random.key(0), 6, 12, 12)
+    x = jax.random.normal(jax.random.key(1), (2, 6))
+    wanted = jax.random.uniform(jax.random.key(2), (2, *SHAPE), minval=0.2, maxval=2.0)
+    optimizer = optax.adam(3e-3)
+
+    def error(psg):
+        made = [fedp2eft.generate(psg, own, SHAPE, SCALES) for own in x]
+        return jnp.sum(jnp.abs(jnp.stack(made) - wanted))
+
+    @jax.jit
+    def step(psg, state):
+        updates, state = optimizer.update(jax.grad(error)(psg), state)
+        return optax.apply_updates(psg, updates), state
+
+    state, start = optimizer.init(psg), error(psg)
+    for _ in range(3000):
+        psg, state = step(psg, state)
+    assert error(psg) < 0.02 * start
+
+
+def test_a_federation_of_one_learns_its_scales():
+    algorithm = method(psg_rate=1e-2, tap_standardize="none")
+    server = algorithm.init(jax.random.key(0))
+    cohort = Cohort(jnp.zeros(1, jnp.int32), jnp.ones(1), jnp.ones(1, bool))
+
+    @jax.jit
+    def play(server, key):
+        _, upload, metrics = algorithm.client_update(BASE, server, (), client(0), key)
+        sums = algorithm.fold(jax.tree.map(lambda leaf: leaf[None], upload), cohort)
+        return algorithm.server_update(server, sums)[0], metrics
+
+    for index in range(40):
+        server, metrics = play(server, jax.random.key(index))
+    assert metrics["mean_scale"] > 0.05
+    assert metrics["psg_error_after"] < 0.1 * metrics["mean_scale"]
+
+
+def test_the_server_averages_generators_by_examples_and_keeps_statistics():
+    algorithm = method()
+    server = algorithm.init(jax.random.key(0))
+    uploads = [algorithm.client_update(BASE, server, (), client(index), jax.random.key(index))[1] for index in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *uploads)
+    cohort = Cohort(jnp.arange(3), jnp.array([1.0, 3.0, 5.0]), jnp.array([True, True, False]))
+    masked = jax.tree.map(lambda leaf: leaf.at[2].set(0), stacked)
+    new, _ = algorithm.server_update(server, algorithm.fold(masked, cohort))
+    expected = jax.tree.map(lambda old, a, b: old + 0.25 * a + 0.75 * b, server.psg, uploads[0].psg, uploads[1].psg)
+    assert_close(new.psg, expected, 1e-6)
+    x = FEDERATION.constants["taps"]
+    assert new.statistics.count == 2
+    np.testing.assert_allclose(new.statistics.mean, x[:2].mean(0), rtol=1e-6)
+    np.testing.assert_allclose(new.statistics.m2, ((x[:2] - x[:2].mean(0)) ** 2).sum(0), rtol=1e-3, atol=1e-6)
+    again, _ = algorithm.server_update(
+        new,
+        algorithm.fold(
+            jax.tree.map(lambda leaf: leaf[None], uploads[2]._replace(x=x[2] - new.statistics.mean)),
+            Cohort(jnp.zeros(1, jnp.int32), jnp.ones(1), jnp.ones(1, bool)),
+        ),
+    )
+    np.testing.assert_allclose(again.statistics.m2, ((x[:3] - x[:3].mean(0)) ** 2).sum(0), rtol=1e-3, atol=1e-6)
+    deviations = fedp2eft.standardized(x[0], again.statistics)
+    np.testing.assert_allclose(deviations, (x[0] - x[:3].mean(0)) / x[:3].std(0, ddof=1), rtol=1e-3, atol=1e-3)
+
+
+def test_before_any_upload_all_clients_look_alike():
+    statistics = method().init(jax.random.key(0)).statistics
+    assert not fedp2eft.standardized(jnp.arange(6.0), statistics).any()
+
+
+@pytest.mark.parametrize("budget", [1, 2, 4])
+def test_a_client_keeps_its_budget_of_the_largest_scales_and_their_values(budget):
+    algorithm = method()
+    scores = jax.random.uniform(jax.random.key(4), SHAPE, minval=0.1)
+    server = trained(algorithm, algorithm.init(jax.random.key(0)), scores)
+    adapted = algorithm.personalize(BASE, server, (), client(0, budget), jax.random.key(1))
+    expected = 2.0 * scores * ranks.top(scores, budget * LAYOUT.sites)  # 2 is alpha / R, whatever is kept
+    np.testing.assert_allclose(ranks.table(LAYOUT, adapted), expected, rtol=1e-6)
+
+
+def test_all_budgets_are_one_program():
+    algorithm = method()
+    server = algorithm.init(jax.random.key(0))
+    personalize = jax.jit(algorithm.personalize)
+    for budget in (1, 2, 4):
+        adapted = personalize(BASE, server, (), client(0, budget), jax.random.key(1))
+        assert ranks.strategy(LAYOUT, adapted)["ranks"].sum() == budget * LAYOUT.sites
+    assert personalize._cache_size() == 1
+
+
+CONTROLS = {
+    "random": lambda mask: mask.sum() == 3,
+    "uniform": lambda mask: (mask[:, 0] == 1).all(),
+    "width": lambda mask: mask[2].sum() == 0,  # the head has the fewest outputs
+}
+
+
+@pytest.mark.parametrize("choice", CONTROLS)
+def test_controls_put_the_same_scales_elsewhere(choice):
+    scores = jax.random.uniform(jax.random.key(4), SHAPE, minval=0.1).at[2].add(1.0)  # the head would win
+    own, other = method(), method(choice=choice)
+    server = trained(own, own.init(jax.random.key(0)), scores)
+    tables = [
+        np.asarray(ranks.table(LAYOUT, kind.personalize(BASE, server, (), client(0), jax.random.key(1))))
+        for kind in (own, other)
+    ]
+    np.testing.assert_allclose(*(np.sort(table.reshape(-1)) for table in tables), rtol=1e-6)
+    assert CONTROLS[choice]((tables[1] > 0).astype(int))
+    assert (tables[0] != tables[1]).any()
+
+
+def test_mode_one_keeps_ranks_but_not_scales():
+    algorithm = method(mode="one")
+    scores = jax.random.uniform(jax.random.key(4), SHAPE, minval=0.1)
+    server = trained(algorithm, algorithm.init(jax.random.key(0)), scores)
+    found = ranks.table(LAYOUT, algorithm.personalize(BASE, server, (), client(0), jax.random.key(1)))
+    np.testing.assert_array_equal(found, 2.0 * ranks.top(scores, LAYOUT.sites))
+
+
+def test_a_constant_feature_tells_no_clients_apart():
+    algorithm = method(features="constant", tap_standardize="none")
+    server = algorithm.init(jax.random.key(0))
+    server = server.replace(psg=jax.tree.map(lambda leaf: leaf + 0.3, server.psg))
+    tables = [
+        ranks.table(LAYOUT, algorithm.personalize(BASE, server, (), client(i), jax.random.key(1))) for i in (0, 1)
+    ]
+    np.testing.assert_array_equal(*tables)
+
+
+def test_scales_may_go_on_training_under_their_mask():
+    algorithm = method(train_scales_at_eval=True)
+    scores = jax.random.uniform(jax.random.key(4), SHAPE, minval=0.1)
+    server = trained(algorithm, algorithm.init(jax.random.key(0)), scores)
+    found = ranks.table(LAYOUT, algorithm.personalize(BASE, server, (), client(0), jax.random.key(1)))
+    mask = np.asarray(ranks.top(scores, LAYOUT.sites))
+    assert not (found * (1 - mask)).any() and np.any(found != 2.0 * scores * mask)
+
+
+def test_sampled_budgets_leave_masked_scales_alone():
+    algorithm = method(sample_budget=True, sample_budget_after=0, tap_standardize="none", psg_rate=1e-3)
+    server = algorithm.init(jax.random.key(0))
+    moved = [
+        algorithm.client_update(BASE, server, (), client(0), jax.random.key(key))[1].psg.b2 != 0 for key in range(8)
+    ]
+    counts = {int(np.sum(one)) for one in moved}
+    assert counts <= {3, 6, 12} and len(counts) > 1
+
+
+def test_stage_two_costs_little_more_than_training_lora():
+    from fedjax_peft.algorithms import fedavg
+
+    def flops(algorithm):
+        server = jax.eval_shape(algorithm.init, jax.random.key(0))
+        state = jax.eval_shape(algorithm.init_client, server, 0, jax.random.key(0))
+        step = jax.jit(algorithm.client_update).lower(BIG_BASE, server, state, big, jax.random.key(0))
+        return step.compile().cost_analysis()["flops"]
+
+    # Wide enough that products dominate, as they do in a language model.
+    width, key = 256, jax.random.key(0)
+    big_base = MODEL.init(key)
+    big_base["embeddings"]["word"]["embedding"] = jnp.ones((toy.VOCABULARY, width))
+    layer = {"kernel": jnp.ones((toy.LAYERS, width, width)), "bias": jnp.zeros((toy.LAYERS, width))}
+    big_base["encoder"]["layer"]["query"] = layer
+    big_base["classifier"] = {"kernel": jnp.ones((width, toy.CLASSES)), "bias": jnp.zeros(toy.CLASSES)}
+    BIG_BASE = jax.eval_shape(lambda: big_base)
+    big = jax.tree.map(lambda leaf: leaf[0], toy.batches(0, 1, steps=4, size=16, tokens=32)).replace(widths=())
+    init = functools.partial(INIT, shapes=BIG_BASE, rank=32)
+    plain = flops(fedavg.fedit(MODEL, TASK, init, optax.adam(1e-4)))
+    ours = flops(fedp2eft.fedp2eft(MODEL, TASK, init, optax.adam(1e-4)))
+    assert 1.0 <= ours / plain <= 1.15
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"profile": "old"}, "algorithm.profile is 'old', expected default or reference"),
+        ({"choice": "best"}, "algorithm.choice is 'best', expected one of generated, random, uniform, width"),
+        ({"mode": "two"}, "algorithm.mode is 'two'"),
+        ({"tap_standardize": "yes"}, "algorithm.tap_standardize is 'yes'"),
+    ],
+)
+def test_mistakes(settings, message):
+    with pytest.raises(ValueError, match=message):
+        method(**settings)
+
+
+def test_the_reference_profile_sets_every_switch_and_each_can_be_set_alone():
+    published = method(profile="reference")
+    server = published.init(jax.random.key(0))
+    assert server.statistics.mean.size == 0
+    state, upload, _ = published.client_update(BASE, server, (), client(0), jax.random.key(1))
+    assert upload.x.size == 0
+    sound = method(profile="reference", tap_standardize="running").init(jax.random.key(0))
+    assert sound.statistics.mean.size == toy.TAPS
