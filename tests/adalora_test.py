@@ -159,6 +159,13 @@ def test_pruned_ranks_may_grow_back_until_the_last_allocation(monkeypatch):
         assert not np.asarray(state.trained["values"])[np.asarray(state.mask) == 0].any()
 
 
+def test_importance_is_frozen_from_the_last_allocation_on(monkeypatch):
+    _, states = traced(monkeypatch, build(), client(10, 2))
+    averages = [np.asarray(state.importance.sensitivity["values"]) for state in states]
+    changes = [bool((later != earlier).any()) for earlier, later in zip(averages, averages[1:], strict=False)]
+    assert changes == [True] * 6 + [False] * 3
+
+
 def test_padding_steps_change_nothing():
     batches = client(4, 2)
     order = np.array([4, 0, 1, 5, 2, 3, 6])
