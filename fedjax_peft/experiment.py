@@ -2,15 +2,18 @@
 
 import copy
 import functools
+import io
 import logging
 import re
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_dict
 
 from fedjax_peft import adapters, aggregate, algorithms, evaluate, local, loop, manifest, ranks, rounds, tasks
@@ -129,10 +132,16 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     manifest.check(workdir, _identity(config))
     # The seed of the first stage draws a new head: what that stage adds belongs to it.
     ground = _ground(config, stages[0].seed)
+    # All stages are built before the first of them takes its time.
+    if not [_Stage.make(stage, ground) for stage in stages][-1].points:
+        raise ValueError("personalize needs either steps or epochs, which may be 0")
     if len(stages) == 2:
-        first = config.run.base_workdir or epath.Path(workdir) / "base"
-        ground = _further(ground, stages[0], first)
+        ground = _further(ground, stages[0], _base_workdir(config, workdir))
     return _train(config, ground, workdir)
+
+
+def _base_workdir(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
+    return epath.Path(config.run.base_workdir or epath.Path(workdir) / "base")
 
 
 def _stage_one(config: ConfigDict) -> ConfigDict:
@@ -185,52 +194,68 @@ def _ground(config: ConfigDict, seed: int) -> _Ground:
     return _Ground(federation, pad, pretrained, hashes)
 
 
+class _Stage(NamedTuple):
+    """One stage, built from its config."""
+
+    mesh: Mesh
+    model: Model
+    task: Task
+    algorithm: Algorithm
+    rivals: list[tuple[str, Algorithm, ConfigDict]]
+    strategy: loop.Strategy | None
+    clients: loop.Clients
+    points: dict[str, loop.Point]
+
+    @classmethod
+    def make(cls, config: ConfigDict, ground: _Ground, observed: Mapping[str, PyTree] = MappingProxyType({})):
+        base, parts = ground.pretrained.base, ground.parts is not None
+        model, task = _folded(config, ground.pretrained.model), tasks.classification()
+        algorithm = _algorithm(config, model, task, base, parts)
+        rivals = _rivals(config, model, task, base, parts)
+        known = {**observed} | ({"part": ground.parts} if parts else {})
+        clients = _clients(config, ground.federation, ground.pad, known)
+        points = _points(config, ground.federation, ground.pad, known, algorithm, rivals)
+        mesh = rounds.make_mesh(config.run.mesh.clients, config.run.mesh.model)
+        return cls(mesh, model, task, algorithm, rivals, _strategy(config, base), clients, points)
+
+
 def _further(ground: _Ground, config: ConfigDict, workdir: epath.PathLike) -> _Ground:
     """The ground after stage 1: what it trained is merged into the base, what clients kept stands beside it."""
     _train(config, ground, workdir, last=False)
-    model, task = _folded(config, ground.pretrained.model), tasks.classification()
-    algorithm = _algorithm(config, model, task, ground.pretrained.base)
-    mesh = rounds.make_mesh(config.run.mesh.clients, config.run.mesh.model)
-    count = len(ground.federation.names)
-    server, people = loop.final(algorithm, mesh, count, workdir)
-    shared = jax.device_get(algorithm.shared(server))
-    base = adapters.merge(ground.pretrained.base, shared)
+    stage, federation = _Stage.make(config, ground), ground.federation
+    server, people = loop.final(stage.algorithm, stage.mesh, len(federation.names), workdir)
+    shared = jax.device_get(stage.algorithm.shared(server))
+    pretrained = ground.pretrained._replace(base=adapters.merge(ground.pretrained.base, shared))
     parts = None
-    if algorithm.part is not None:
-        parts = jax.device_get(rounds.parts(algorithm, server, people.states, people.known))
-        missing = int((~people.known[ground.federation.pools["seen"]]).sum())
+    if stage.algorithm.part is not None:
+        parts = jax.device_get(rounds.parts(stage.algorithm, server, people.states, people.known))
+        seen = federation.pools["seen"]
+        missing = int((~people.known[seen]).sum())
         logging.info("%d seen clients were never in a cohort of stage 1 and have the initial part", missing)
-        pools = {"seen": ground.federation.pools["seen"]}
-        ground = ground._replace(federation=ground.federation._replace(pools=pools))
+        # Clients that took no part in stage 1 have no base of their own.
+        federation = federation._replace(pools={"seen": seen})
     hashes = ground.hashes | {"stage1": manifest.digest((shared, parts))}
-    return ground._replace(pretrained=ground.pretrained._replace(base=base), hashes=hashes, parts=parts)
+    return _Ground(federation, ground.pad, pretrained, hashes, parts)
 
 
 def _train(config: ConfigDict, ground: _Ground, workdir: epath.PathLike, *, last: bool = True) -> dict[str, Any]:
-    """One stage: builds it, refuses a directory of another one, and runs what is missing.
+    """One stage: refuses a directory of another one, and runs what is missing.
 
     Only the last one evaluates: it begins with what the one before came to.
     """
     identity = _identity(config)
-    manifest.check(workdir, identity)
-    mesh = rounds.make_mesh(config.run.mesh.clients, config.run.mesh.model)
-    federation, base = ground.federation, ground.pretrained.base
-    model, task = _folded(config, ground.pretrained.model), tasks.classification()
-    algorithm = _algorithm(config, model, task, base, ground.parts is not None)
-    rivals = _rivals(config, model, task, base, ground.parts is not None)
-    known = {} if ground.parts is None else {"part": ground.parts}
-    clients = _clients(config, federation, ground.pad, known)
+    stage, base = _Stage.make(config, ground), ground.pretrained.base
     manifest.check(workdir, identity, ground.hashes)
-    sizes = _sizes(federation, base)
-    manifest.write(workdir, identity, config.run.to_dict(), hashes=ground.hashes, mesh=mesh, sizes=sizes)
-    placed = rounds.shard_base(base, mesh)
-    if any(method.observe is not None for method in (algorithm, *(own for _, own, _ in rivals))):
-        known |= _observed(config, ground, algorithm, placed, clients)
-        clients = _clients(config, federation, ground.pad, known)
+    sizes = _sizes(ground.federation, base)
+    manifest.write(workdir, identity, config.run.to_dict(), hashes=ground.hashes, mesh=stage.mesh, sizes=sizes)
+    placed = rounds.shard_base(base, stage.mesh)
+    if stage.algorithm.observe is not None:
+        folder = workdir if config.base.name == "pretrained" else _base_workdir(config, workdir)
+        stage = _Stage.make(config, ground, _observed(config, ground, stage, placed, folder))
     return loop.run(
-        loop.Problem(mesh, algorithm, model, task, placed, _strategy(config, base)),
-        clients,
-        _points(config, federation, ground.pad, known, algorithm, rivals) if last else {},
+        loop.Problem(stage.mesh, stage.algorithm, stage.model, stage.task, placed, stage.strategy),
+        stage.clients,
+        stage.points if last else {},
         workdir,
         seed=config.seed,
         total=config.rounds,
@@ -328,6 +353,9 @@ def _points(
     train = federation.train
     widths = federated.widths_for([train, federation.test], config.max_length, count=config.widths)
 
+    if all(config.personalize[key] is None for key in ("steps", "epochs")):
+        return {}
+
     def support(settings, budget):
         lengths = {key: settings.personalize[key] for key in ("batch", "steps", "epochs", "group_by_length")}
         batches.num_steps(train, lengths["steps"], lengths["epochs"], lengths["batch"])
@@ -372,14 +400,38 @@ def _rivals(
 
 
 def _observed(
-    config: ConfigDict, ground: _Ground, algorithm: Algorithm, base: PyTree, clients: loop.Clients
+    config: ConfigDict, ground: _Ground, stage: _Stage, base: PyTree, folder: epath.PathLike
 ) -> dict[str, np.ndarray]:
-    """What the algorithm wants to know of each client's texts before any training, `[N, ..]`."""
+    """What the algorithm wants to know of each client's texts before any training, `[N, ..]`.
+
+    Base and data never change, so it is computed once and kept in `folder`, for all runs on this base.
+    """
+    settings = (ground.hashes, config.max_length, config.widths, config.observe.batch, config.observe.published)
+    switches = {
+        name: value
+        for name, value in config.algorithm.items()
+        if name in ("name", "profile") or "tap" in name or "quantity" in name
+    }
+    key = manifest.digest(np.frombuffer(repr((settings, sorted(switches.items()))).encode(), np.uint8))
+    path = epath.Path(folder) / f"observed-{key[:16]}.npz"
+    known = dict(np.load(io.BytesIO(path.read_bytes()))) if path.exists() else _look(config, ground, stage, base)
+    if not path.exists():
+        packed = io.BytesIO()
+        np.savez(packed, **known)
+        path.with_suffix(".tmp").write_bytes(packed.getvalue())
+        path.with_suffix(".tmp").replace(path)
+    if config.observe.shuffle:
+        order = np.random.default_rng(config.seed).permutation(len(ground.federation.names))
+        known = {name: values[order] for name, values in known.items()}
+    return known
+
+
+def _look(config: ConfigDict, ground: _Ground, stage: _Stage, base: PyTree) -> dict[str, np.ndarray]:
     train, published = ground.federation.train, config.observe.published
     found = federated.widths_for([train], config.max_length, count=config.widths)
     ids = np.arange(len(ground.federation.names), dtype=np.int32)
-    known = evaluate.observe(
-        algorithm,
+    return evaluate.observe(
+        stage.algorithm,
         base,
         ids,
         padding=len(ids),
@@ -393,12 +445,8 @@ def _observed(
             pad=ground.pad,
             in_order=published,
         ),
-        constants=lambda own: clients.nothing(own).constants,
+        constants=lambda own: stage.clients.nothing(own).constants,
     )
-    if config.observe.shuffle:
-        order = np.random.default_rng(config.seed).permutation(len(ids))
-        known = jax.tree.map(lambda leaf: leaf[order], known)
-    return known
 
 
 def _strategy(config: ConfigDict, base: PyTree) -> loop.Strategy | None:

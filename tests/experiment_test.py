@@ -74,3 +74,105 @@ def test_ffa_sends_half(load, tmp_path):
         experiment.run(load({"algorithm.name": name, "adapter.head": "frozen"}), str(run))
         sent[name] = metrics.read_lines(run / "rounds.jsonl")[0]["bytes_up"]
     assert 2 * sent["ffa_lora"] == sent["fedit"] > 0
+
+
+STAGES = {
+    "base.name": "fedit",
+    "base.seed": 42,
+    "base.rounds": 1,
+    "base.cohort": 3,
+    "base.train.steps": 2,
+    "adapter.rank": 4,
+    "adapter.targets": "all-linear",
+    "adapter.head": "lora",
+    "algorithm": {"name": "fedp2eft"},
+    "personalize.budgets": (1, 4),
+    "points": {"lora": {"algorithm": {"name": "lora"}, "personalize": {"budgets": (1,)}}},
+}
+
+
+def staged(load, **changes):
+    """A config of three stages; `base__rounds` stands for base.rounds."""
+    config = load({})
+    for key, value in (STAGES | {name.replace("__", "."): value for name, value in changes.items()}).items():
+        *sections, last = key.split(".")
+        node = config
+        for section in sections:
+            node = node.setdefault(section, {}) if section == "train" and "train" not in node else node[section]
+        node[last] = value
+    return config
+
+
+@pytest.mark.parametrize("base", ["fedit", "fedavg", "feddpa", "dept"])
+def test_three_stages_are_one_command_and_a_finished_one_is_not_run_again(base, load, tmp_path):
+    own = {"base__adapter": {"rank": 2}} if base in ("fedit", "feddpa") else {}
+    config, workdir = staged(load, base__name=base, **own), tmp_path / "run"
+    summary = experiment.run(config, str(workdir))
+    assert list(summary["pools"]["seen"]) == ["base", "fedp2eft r1", "fedp2eft r4", "lora r1"]
+    # Bases that differ per client are known for clients that trained them only.
+    assert set(summary["pools"]) == ({"seen", "unseen"} if base in ("fedit", "fedavg") else {"seen"})
+    rows = metrics.read_rows(workdir / "strategies.parquet")
+    kept = {}
+    for row in rows:
+        kept[row["client"], row["point"]] = kept.get((row["client"], row["point"]), 0) + row["ranks"]
+    sites = len({row["site"] for row in rows})
+    assert {(point, total) for (_, point), total in kept.items()} == {
+        ("fedp2eft r1", sites),
+        ("fedp2eft r4", 4 * sites),
+        ("lora r1", sites),
+    }
+    lines = (workdir / "base" / "rounds.jsonl").read_text()
+    # Another seed on the same base: stage 1 is found finished.
+    again = staged(load, base__name=base, seed=1, run__base_workdir=str(workdir / "base"), **own)
+    other = experiment.run(again, str(tmp_path / "again"))
+    assert (workdir / "base" / "rounds.jsonl").read_text() == lines and not (tmp_path / "again" / "base").exists()
+    assert other["pools"]["seen"]["base"] == summary["pools"]["seen"]["base"]
+    assert other["pools"]["seen"]["lora r1"] != summary["pools"]["seen"]["lora r1"]
+
+
+def test_an_interrupted_evaluation_goes_on_with_the_points_that_lack(load, tmp_path, monkeypatch):
+    from fedjax_peft import loop
+
+    whole = experiment.run(staged(load, base__name="pretrained"), str(tmp_path / "whole"))
+    workdir = tmp_path / "run"
+    original, done = loop._rows, []
+
+    def fail(scores, clients, index, pool, point):
+        if point == "lora r1" and len(done) == 0:
+            done.append(point)
+            raise KeyboardInterrupt
+        return original(scores, clients, index, pool, point)
+
+    monkeypatch.setattr(loop, "_rows", fail)
+    with pytest.raises(KeyboardInterrupt):
+        experiment.run(staged(load, base__name="pretrained"), str(workdir))
+    monkeypatch.setattr(loop, "_rows", lambda *arguments: done.append(arguments[-1]) or original(*arguments))
+    assert experiment.run(staged(load, base__name="pretrained"), str(workdir)) == whole
+    assert set(done[1:]) == {"lora r1"}
+
+
+MISTAKES = {
+    "base.name is 'gpt', expected one of fedavg, fedit, feddpa, dept": {"base__name": "gpt"},
+    "base.roundz is no key of a config": {"base__roundz": 3},
+    "a budget is 5 ranks a site, expected 1 to adapter.rank, which is 4": {"personalize__budgets": (5,)},
+    "points.x: fedit learns in rounds, so it needs a run of its own": {
+        "points": {"x": {"algorithm": {"name": "fedit"}}}
+    },
+    "points.x.data cannot differ, only algorithm, optimizer and personalize": {"points": {"x": {"data": {}}}},
+    "algorithm.keep_optimizer is not a setting of fedp2eft": {
+        "algorithm": {"name": "fedp2eft", "keep_optimizer": True}
+    },
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_mistakes_are_found_before_anything_is_compiled(message, load, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        experiment.run(staged(load, **MISTAKES[message]), str(tmp_path))
+    assert not (tmp_path / "base").exists()
+
+
+def test_a_directory_with_strategies_for_other_sites_is_refused(load, tmp_path):
+    experiment.run(staged(load, base__name="pretrained"), str(tmp_path))
+    with pytest.raises(ValueError, match="adapter.targets was 'all-linear' and is 'query'"):
+        experiment.run(staged(load, base__name="pretrained", adapter__targets="query"), str(tmp_path))
