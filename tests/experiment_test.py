@@ -77,40 +77,38 @@ def test_ffa_sends_half(load, tmp_path):
 
 
 STAGES = {
-    "base.name": "fedit",
-    "base.seed": 42,
-    "base.rounds": 1,
-    "base.cohort": 3,
-    "base.train.steps": 2,
-    "adapter.rank": 4,
-    "adapter.targets": "all-linear",
-    "adapter.head": "lora",
-    "algorithm": {"name": "fedp2eft"},
-    "personalize.budgets": (1, 4),
+    "base": {"name": "fedit", "seed": 42, "rounds": 1, "cohort": 3, "train": {"steps": 2}},
+    "adapter": {"rank": 4, "targets": "all-linear", "head": "lora"},
+    "personalize": {"budgets": (1, 4)},
+    "data": {"test_fraction": 0.05},
     "points": {"lora": {"algorithm": {"name": "lora"}, "personalize": {"budgets": (1,)}}},
 }
 
 
 def staged(load, **changes):
-    """A config of three stages; `base__rounds` stands for base.rounds."""
+    """A config of three stages with sections changed; `algorithm` and `points` are replaced."""
     config = load({})
-    for key, value in (STAGES | {name.replace("__", "."): value for name, value in changes.items()}).items():
-        *sections, last = key.split(".")
-        node = config
-        for section in sections:
-            node = node.setdefault(section, {}) if section == "train" and "train" not in node else node[section]
-        node[last] = value
+    config.algorithm = {"name": "fedp2eft"}
+    for settings in (STAGES, changes):
+        for key, value in settings.items():
+            if isinstance(value, dict) and key not in ("algorithm", "points"):
+                config[key].update(value)
+            else:
+                config[key] = value
     return config
 
 
-@pytest.mark.parametrize("base", ["fedit", "fedavg", "feddpa", "dept"])
+NONE = {"name": "pretrained"}
+
+
+@pytest.mark.parametrize("base", ["fedit", "feddpa", "dept"])
 def test_three_stages_are_one_command_and_a_finished_one_is_not_run_again(base, load, tmp_path):
-    own = {"base__adapter": {"rank": 2}} if base in ("fedit", "feddpa") else {}
-    config, workdir = staged(load, base__name=base, **own), tmp_path / "run"
+    own = {"base": {"name": base} | ({"adapter": {"rank": 2}} if base in ("fedit", "feddpa") else {})}
+    config, workdir = staged(load, **own), tmp_path / "run"
     summary = experiment.run(config, str(workdir))
     assert list(summary["pools"]["seen"]) == ["base", "fedp2eft r1", "fedp2eft r4", "lora r1"]
     # Bases that differ per client are known for clients that trained them only.
-    assert set(summary["pools"]) == ({"seen", "unseen"} if base in ("fedit", "fedavg") else {"seen"})
+    assert set(summary["pools"]) == ({"seen", "unseen"} if base == "fedit" else {"seen"})
     rows = metrics.read_rows(workdir / "strategies.parquet")
     kept = {}
     for row in rows:
@@ -123,7 +121,7 @@ def test_three_stages_are_one_command_and_a_finished_one_is_not_run_again(base, 
     }
     lines = (workdir / "base" / "rounds.jsonl").read_text()
     # Another seed on the same base: stage 1 is found finished.
-    again = staged(load, base__name=base, seed=1, run__base_workdir=str(workdir / "base"), **own)
+    again = staged(load, seed=1, run={"base_workdir": str(workdir / "base")}, **own)
     other = experiment.run(again, str(tmp_path / "again"))
     assert (workdir / "base" / "rounds.jsonl").read_text() == lines and not (tmp_path / "again" / "base").exists()
     assert other["pools"]["seen"]["base"] == summary["pools"]["seen"]["base"]
@@ -133,7 +131,7 @@ def test_three_stages_are_one_command_and_a_finished_one_is_not_run_again(base, 
 def test_an_interrupted_evaluation_goes_on_with_the_points_that_lack(load, tmp_path, monkeypatch):
     from fedjax_peft import loop
 
-    whole = experiment.run(staged(load, base__name="pretrained"), str(tmp_path / "whole"))
+    whole = experiment.run(staged(load, base=NONE), str(tmp_path / "whole"))
     workdir = tmp_path / "run"
     original, done = loop._rows, []
 
@@ -145,16 +143,16 @@ def test_an_interrupted_evaluation_goes_on_with_the_points_that_lack(load, tmp_p
 
     monkeypatch.setattr(loop, "_rows", fail)
     with pytest.raises(KeyboardInterrupt):
-        experiment.run(staged(load, base__name="pretrained"), str(workdir))
+        experiment.run(staged(load, base=NONE), str(workdir))
     monkeypatch.setattr(loop, "_rows", lambda *arguments: done.append(arguments[-1]) or original(*arguments))
-    assert experiment.run(staged(load, base__name="pretrained"), str(workdir)) == whole
+    assert experiment.run(staged(load, base=NONE), str(workdir)) == whole
     assert set(done[1:]) == {"lora r1"}
 
 
 MISTAKES = {
-    "base.name is 'gpt', expected pretrained, fedavg, fedit, feddpa, dept": {"base__name": "gpt"},
-    "base.roundz is no key of a config": {"base__roundz": 3},
-    "a budget is 5 ranks a site, expected 1 to adapter.rank, which is 4": {"personalize__budgets": (5,)},
+    "base.name is 'gpt', expected pretrained, fedavg, fedit, feddpa, dept": {"base": {"name": "gpt"}},
+    "base.roundz is no key of a config": {"base": {"roundz": 3}},
+    "a budget is 5 ranks a site, expected 1 to adapter.rank, which is 4": {"personalize": {"budgets": (5,)}},
     "points.x: fedit learns in rounds, so it needs a run of its own": {
         "points": {"x": {"algorithm": {"name": "fedit"}}}
     },
@@ -173,6 +171,6 @@ def test_mistakes_are_found_before_anything_is_compiled(message, load, tmp_path)
 
 
 def test_a_directory_with_strategies_for_other_sites_is_refused(load, tmp_path):
-    experiment.run(staged(load, base__name="pretrained"), str(tmp_path))
+    experiment.run(staged(load, base=NONE), str(tmp_path))
     with pytest.raises(ValueError, match="adapter.targets was 'all-linear' and is 'query'"):
-        experiment.run(staged(load, base__name="pretrained", adapter__targets="query"), str(tmp_path))
+        experiment.run(staged(load, base=NONE, adapter={"targets": "query"}), str(tmp_path))
