@@ -36,6 +36,7 @@ def get_config():
     config.base.optimizer = {"learning_rate": 1e-2}
     config.base.schedule = {"name": "linear", "end": 0.2}
     config.base.train = {"steps": 4, "batch": 8}
+    config.base.evaluate = {"every": 1000}  # before its first round only
 
     # Stage 2: the generator of strategies learns which ranks clients use.
     config.rounds = 8

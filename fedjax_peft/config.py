@@ -93,6 +93,7 @@ def stage_one(config: ConfigDict) -> ConfigDict:
     if name not in BASES:
         raise ValueError(f"base.name is {name!r}, expected pretrained, {', '.join(BASES)}")
     stage = default_config()
+    stage.evaluate.every = None
     for key in ("seed", "data", "max_length", "widths", "model", "run"):
         stage[key] = copy.deepcopy(config[key])
     for settings in (BASES[name], own):
@@ -128,7 +129,7 @@ def check_numbers(config: ConfigDict) -> None:
     }
     for key, bound in least.items():
         value = functools.reduce(lambda node, part: node[part], key.split("."), config)
-        if value < bound:
+        if value is not None and value < bound:
             raise ValueError(f"{key} is {value}, expected {bound} or more")
     if not 0 <= config.dropout_rate < 1:
         raise ValueError(f"dropout_rate is {config.dropout_rate}, expected at least 0 and below 1")

@@ -139,7 +139,7 @@ def _further(ground: _Ground, config: ConfigDict, workdir: epath.PathLike) -> _G
 def _train(config: ConfigDict, ground: _Ground, workdir: epath.PathLike, *, last: bool = True) -> dict[str, Any]:
     """One stage: refuses a directory of another one, and runs what is missing.
 
-    Only the last one evaluates: it begins with what the one before came to.
+    Only the last one evaluates its end: it begins with what the one before came to.
     """
     own = identity(config)
     stage, base = _Stage.make(config, ground), ground.pretrained.base
@@ -158,7 +158,8 @@ def _train(config: ConfigDict, ground: _Ground, workdir: epath.PathLike, *, last
         seed=config.seed,
         total=config.rounds,
         chunk=config.run.chunk or None,
-        evaluate_every=config.evaluate.every if last else None,
+        evaluate_every=config.evaluate.every,
+        evaluate_end=last,
         checkpoint_every=config.run.checkpoint_every,
         keep_checkpoints=config.run.keep_checkpoints,
     )

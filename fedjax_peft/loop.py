@@ -85,6 +85,7 @@ def run(
     total: int,
     chunk: int | None,
     evaluate_every: int | None,
+    evaluate_end: bool = True,
     checkpoint_every: int,
     keep_checkpoints: int,
 ) -> dict[str, Any]:
@@ -97,6 +98,7 @@ def run(
       chunk: clients that a device works on at once; None measures a few and takes the fastest.
       evaluate_every, checkpoint_every: rounds between two of them; the last round has both. None evaluates only the
         points.
+      evaluate_end: whether the last round is evaluated too, beside its points.
       keep_checkpoints: how many of the newest checkpoints stay.
 
     Returns:
@@ -162,7 +164,8 @@ def run(
 
         done = {row["point"] for row in metrics.read_rows(workdir / "clients.parquet") if row["round"] == total}
         # A method that trains no model of its own has nothing to show beside the base of round 0 and its points.
-        ends = (now if evaluate_every and (algorithm.shared or total == 0) else {}) | dict(points)
+        shows = evaluate_every and evaluate_end and (algorithm.shared or total == 0)
+        ends = (now if shows else {}) | dict(points)
         for name, point in ends.items():
             if name not in done:
                 judge(server, people, total, {name: point})

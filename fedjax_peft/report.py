@@ -15,6 +15,7 @@ from fedjax_peft import console, evaluate, metrics
 
 ROWS = 60  # most rows of groups that `show` prints
 COLUMNS = {"one": 8, "seeds": 6}  # most points side by side, with one number a cell and with a deviation over seeds
+ROOM = 3  # most points beside which examples and the majority label have room
 GROUPS = 20  # most rows of groups that `compare` prints
 
 
@@ -49,7 +50,7 @@ def show(workdir: epath.PathLike) -> None:
     else:
         for pool in run.pools:
             for points in _side_by_side(run.points, COLUMNS["one"]):
-                console.table(f"{title}: {pool} clients", *_table_of_points(run, pool, points))
+                console.table(f"{title}: {pool} clients", *_table_of_points(run, rows, pool, points))
         if any(split(point)[1] for point in run.points):
             console.table(f"{_title(run.metric)}, mean over groups", *_table_of_budgets(run))
     _draw(run, rows)
@@ -148,20 +149,48 @@ def _side_by_side(points: Sequence[str], most: int) -> list[Sequence[str]]:
     return [part[start : start + most] for part in parts.values() for start in range(0, len(part), most)]
 
 
-def _table_of_points(run: _Run, pool: str, points: Sequence[str]) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows: a row a group, then statistics over clients and over groups; a column a point."""
-    columns = [*_before(run), *points]
-    found = [run.statistics(pool, point) for point in columns]
-    groups = list(found[0]["groups"])
+def _table_of_points(
+    run: _Run, rows: Sequence[Mapping[str, Any]], pool: str, points: Sequence[str]
+) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows: a row a group, then statistics over clients and over groups; a column a point.
+
+    Few points leave room for what groups are: examples, majority label and what stage 1 began with.
+    """
+    members = [row for row in rows if (row["pool"], row["point"]) == (pool, points[0])]
+    columns = {point: run.statistics(pool, point) for point in (*_before(run), *points)}
+    groups = list(columns["base"]["groups"])
+    counts: list[str] = []
+    if len(points) <= ROOM:
+        counts = ["train", "test"]
+        columns = _untrained(run, pool) | columns
+        if run.metric == "accuracy":
+            majority = _majority(members)
+            known = list(majority["groups"].values())
+            columns = {"majority": majority | {"over_groups": float(np.mean(known)) if known else "–"}} | columns
+    found = list(columns.values())
     statistics = {
         f"mean over {run.pools[pool][points[0]]['clients']} clients": "mean",
         f"mean over {len(groups)} groups": "over_groups",
         "standard deviation": "std",
         "worst 10 %": "worst_10_percent",
     }
-    table = [[group, *(values["groups"][group] for values in found)] for group in groups if len(groups) <= ROWS]
-    table += [[name, *(values[key] for values in found)] for name, key in statistics.items()]
-    return ["group", *columns], table
+    table = []
+    for group in groups if len(groups) <= ROWS else ():
+        own = _counts([row for row in members if row["group"] == group])[: len(counts)]
+        table.append([group, *own, *(values["groups"].get(group, "–") for values in found)])
+    for name, key in statistics.items():
+        own = (_counts(members) if key == "mean" else ["", ""])[: len(counts)]
+        table.append([name, *own, *(values[key] for values in found)])
+    return ["group", *counts, *columns], table
+
+
+def _untrained(run: _Run, pool: str) -> dict[str, Any]:
+    """Statistics of the model before stage 1, if that evaluated it."""
+    first = metrics.read_json(run.workdir / "base" / "summary.json") or {"pools": {}}
+    statistics = first["pools"].get(pool, {}).get("base", {}).get(run.metric)
+    if statistics is None:
+        return {}
+    return {"untrained": statistics | {"over_groups": float(np.mean(list(statistics["groups"].values())))}}
 
 
 def _table_of_budgets(run: _Run) -> tuple[list[str], list[list[Any]]]:

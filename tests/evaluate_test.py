@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -43,10 +44,13 @@ def scores(store, chunk, pack, ids, steps=0, devices=1):
         task,
         mesh,
         chunk=chunk,
-        support=lambda ids: batches.cohort(store, ids, seed=0, round=0, batch=4, steps=steps, widths=(3, 6)),
         items=lambda ids: batches.items(store, ids, batch=4, pack=pack, widths=(3, 6)),
     )
-    return judge(rounds.shard_base(base, mesh), server, people, np.asarray(ids), 0, key), model, base
+
+    def support(ids):
+        return batches.cohort(store, ids, seed=0, round=0, batch=4, steps=steps, widths=(3, 6))
+
+    return judge(rounds.shard_base(base, mesh), server, people, np.asarray(ids), support, 0, key), model, base
 
 
 def test_means_over_examples_equal_a_plain_loop(store):
@@ -75,6 +79,45 @@ def test_personalization_is_the_clients_own(store):
     alone = scores(store, chunk=1, pack=4, ids=[3], steps=3)[0].metrics["loss"]
     together = scores(store, chunk=4, pack=4, ids=[0, 1, 3, 4], steps=3)[0].metrics["loss"]
     np.testing.assert_allclose(alone[0], together[2], rtol=1e-5)
+
+
+def test_what_is_known_before_training_is_said_of_each_client(store):
+    """Clients in groups, batches of them side by side: everybody's examples once, and nobody else's."""
+
+    def observe(base, inputs, weights, constants):
+        return jnp.stack([jnp.sum(weights), jnp.sum(inputs["tokens"] * inputs["mask"]), constants["own"]])
+
+    def observed(parts, examples):
+        count, total, own = np.sum(parts, axis=0) if parts else np.zeros(3)
+        assert count == examples
+        return {"total": np.float32(total), "own": np.float32(own / max(len(parts), 1))}
+
+    method = fedit()._replace(observe=observe, observed=observed)
+    ids = np.arange(CLIENTS, dtype=np.int32)
+    found = evaluate.observe(
+        method,
+        {},
+        ids,
+        padding=CLIENTS,
+        group=2,
+        items=lambda ids: batches.items(store, ids, batch=4, pack=3, widths=(3, 6)),
+        constants=lambda ids: {
+            "examples": np.append(federated.sizes(store), 0)[ids],
+            "own": np.asarray(ids, np.float32),
+        },
+    )
+    totals = []
+    for client in ids:
+        rows = federated.rows(store, client)
+        totals.append(sum(store.tokens[store.token_offsets[row] : store.token_offsets[row + 1]].sum() for row in rows))
+    np.testing.assert_array_equal(found["total"], totals)
+    np.testing.assert_array_equal(found["own"], [0, 1, 0, 3, 4])  # client 2 has no examples
+
+
+def fedit():
+    model = toy.model()
+    init = functools.partial(adapters.init, shapes=model.init(jax.random.key(0)), rank=2, targets="query")
+    return fedavg.fedit(model, tasks.classification(), init, optax.sgd(0.5))
 
 
 def test_statistics():

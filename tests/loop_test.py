@@ -37,11 +37,15 @@ def clients(dropped=lambda index, ids: np.zeros(len(ids), bool)) -> loop.Clients
         sample=lambda index: federated.sample(0, index, 4, 3),
         dropped=dropped,
         training=lambda index, ids: batches.cohort(train, ids, round=index, steps=2, **pure),
-        support=lambda ids: batches.cohort(train, ids, round=0, steps=2, **pure),
         nothing=lambda ids: batches.cohort(train, ids, round=0, steps=0, **pure),
         tests=lambda ids: batches.items(test, ids, batch=4, pack=4, widths=(3, 6)),
         tokens=batches.waste,
     )
+
+
+def points(method) -> dict[str, loop.Point]:
+    pure = {"seed": 0, "widths": (3, 6), "batch": 4}
+    return {"personal": loop.Point(method, lambda ids: batches.cohort(store(0), ids, round=0, steps=2, **pure))}
 
 
 def problem(broken=()) -> loop.Problem:
@@ -74,7 +78,8 @@ def _none(server):
 
 def run(workdir, people=None, broken=(), total=ROUNDS, **settings):
     speed = {"chunk": 2, "evaluate_every": 2, "checkpoint_every": 2, "keep_checkpoints": 2} | settings
-    return loop.run(problem(broken), people or clients(), workdir, seed=0, total=total, **speed)
+    whole = problem(broken)
+    return loop.run(whole, people or clients(), points(whole.algorithm), workdir, seed=0, total=total, **speed)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +158,7 @@ def test_a_host_step_follows_every_round(tmp_path):
 
     given = given._replace(algorithm=given.algorithm._replace(host_step=host_step))
     speed = {"chunk": 2, "evaluate_every": 2, "checkpoint_every": 2, "keep_checkpoints": 2}
-    loop.run(given, clients(), tmp_path, seed=0, total=2, **speed)
+    loop.run(given, clients(), points(given.algorithm), tmp_path, seed=0, total=2, **speed)
     target = {
         "server": rounds.make_init(given.algorithm, given.mesh)(jax.random.key(0)),
         "states": {"id": np.zeros(CLIENTS, np.int32)},

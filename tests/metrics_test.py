@@ -32,7 +32,8 @@ def test_json_is_replaced_whole(tmp_path):
 
 def test_rows_of_rounds_that_are_done_again_are_replaced(tmp_path):
     path = tmp_path / "clients.parquet"
-    metrics.merge_rows(path, [{"round": 0, "loss": 3.0}, {"round": 0, "loss": 2.0}], 0)
-    metrics.merge_rows(path, [{"round": 5, "loss": 1.0}], 5)
-    metrics.merge_rows(path, [{"round": 5, "loss": np.float64(1.5)}], 5)
-    assert [(row["round"], row["loss"]) for row in metrics.read_rows(path)] == [(0, 3.0), (0, 2.0), (5, 1.5)]
+    metrics.merge_rows(path, [{"round": 0, "point": "global", "loss": loss} for loss in (3.0, 2.0)], 0)
+    metrics.merge_rows(path, [{"round": 5, "point": "global", "loss": 1.0}], 5)
+    metrics.merge_rows(path, [{"round": 5, "point": "personal", "loss": 0.5}], 5)
+    metrics.merge_rows(path, [{"round": 5, "point": "global", "loss": np.float64(1.5)}], 5)
+    assert [(row["round"], row["loss"]) for row in metrics.read_rows(path)] == [(0, 3.0), (0, 2.0), (5, 0.5), (5, 1.5)]

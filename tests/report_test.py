@@ -246,6 +246,20 @@ def test_several_ways_to_personalize_stand_side_by_side_in_a_table_a_pool(tmp_pa
     assert pictures == {"curves", "clients", "gain", "ranks", "distances", "budgets"}
 
 
+def test_few_ways_leave_room_for_what_groups_are_and_what_stage_one_began_with(tmp_path, capsys):
+    run = write_run(tmp_path / "run", SEVERAL, algorithm="fedp2eft", personal=WAYS[:2])
+    first = write_run(run / "base", {name: (*rest, (0.0, 0.0, 0.0)) for name, (*rest, _) in SEVERAL.items()})
+    assert first == run / "base"
+    report.show(run)
+    seen = tables(capsys.readouterr().out)[0]
+    assert seen[1:4] == [
+        ["group", "train", "test", "majority", "untrained", "base", "global", "fedp2eft r2", "fedp2eft r4"],
+        ["A", "16", "4", "0.500", "0.000", "0.100", "0.150", "0.700", "1.000"],
+        ["B", "8", "9", "0.500", "0.000", "0.200", "0.200", "0.500", "0.500"],
+    ]
+    assert seen[4][:5] == ["mean over 3 clients", "24", "13", "0.500", "0.000"]
+
+
 def test_many_ways_have_a_table_a_budget_within_160_columns(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(report, "_draw", lambda run, rows: None)
     ways = [
