@@ -49,7 +49,7 @@ CASES = {
     "steps and epochs": (["--config.train.epochs=1"], "either steps or epochs"),
     "drop-out rate": (["--config.dropout_rate=1.5"], "1.5"),
     "no batch": (["--config.train.batch=0"], "batch"),
-    "no rounds": (["--config.rounds=0"], "rounds is 0"),
+    "no rounds": (["--config.rounds=-1"], "rounds is -1"),
 }
 
 

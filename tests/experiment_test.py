@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from fedjax_peft import experiment, metrics
+from fedjax_peft import experiment, loop, metrics
 
 
 @pytest.fixture(scope="module")
@@ -101,52 +101,65 @@ def staged(load, **changes):
 NONE = {"name": "pretrained"}
 
 
-@pytest.mark.parametrize("base", ["fedit", "feddpa", "dept"])
-def test_three_stages_are_one_command_and_a_finished_one_is_not_run_again(base, load, tmp_path):
-    own = {"base": {"name": base} | ({"adapter": {"rank": 2}} if base in ("fedit", "feddpa") else {})}
-    config, workdir = staged(load, **own), tmp_path / "run"
+def kept(workdir) -> dict[str, set[int]]:
+    """point -> numbers of ranks that clients keep in all."""
+    totals: dict[tuple, int] = {}
+    for row in metrics.read_rows(workdir / "strategies.parquet"):
+        totals[row["point"], row["client"]] = totals.get((row["point"], row["client"]), 0) + row["ranks"]
+    return {point: {total for (of, _), total in totals.items() if of == point} for point, _ in totals}
+
+
+def test_three_stages_are_one_command_and_a_finished_one_is_not_run_again(load, tmp_path):
+    config, workdir = staged(load, base={"adapter": {"rank": 2}}), tmp_path / "run"
     summary = experiment.run(config, str(workdir))
     assert list(summary["pools"]["seen"]) == ["base", "fedp2eft r1", "fedp2eft r4", "lora r1"]
-    # Bases that differ per client are known for clients that trained them only.
-    assert set(summary["pools"]) == ({"seen", "unseen"} if base == "fedit" else {"seen"})
-    rows = metrics.read_rows(workdir / "strategies.parquet")
-    kept = {}
-    for row in rows:
-        kept[row["client"], row["point"]] = kept.get((row["client"], row["point"]), 0) + row["ranks"]
-    sites = len({row["site"] for row in rows})
-    assert {(point, total) for (_, point), total in kept.items()} == {
-        ("fedp2eft r1", sites),
-        ("fedp2eft r4", 4 * sites),
-        ("lora r1", sites),
-    }
+    assert set(summary["pools"]) == {"seen", "unseen"}
+    sites = len({row["site"] for row in metrics.read_rows(workdir / "strategies.parquet")})
+    assert kept(workdir) == {"fedp2eft r1": {sites}, "fedp2eft r4": {4 * sites}, "lora r1": {sites}}
     lines = (workdir / "base" / "rounds.jsonl").read_text()
     # Another seed on the same base: stage 1 is found finished.
-    again = staged(load, seed=1, run={"base_workdir": str(workdir / "base")}, **own)
+    shared = {"base_workdir": str(workdir / "base")}
+    again = staged(load, base={"adapter": {"rank": 2}}, seed=1, run=shared)
     other = experiment.run(again, str(tmp_path / "again"))
     assert (workdir / "base" / "rounds.jsonl").read_text() == lines and not (tmp_path / "again" / "base").exists()
     assert other["pools"]["seen"]["base"] == summary["pools"]["seen"]["base"]
     assert other["pools"]["seen"]["lora r1"] != summary["pools"]["seen"]["lora r1"]
 
 
-def test_an_interrupted_evaluation_goes_on_with_the_points_that_lack(load, tmp_path, monkeypatch):
-    from fedjax_peft import loop
+@pytest.mark.parametrize("base", ["feddpa", "dept"])
+def test_bases_may_differ_per_client(base, load, tmp_path):
+    own = {"name": base} | ({"adapter": {"rank": 2}} if base == "feddpa" else {})
+    summary = experiment.run(staged(load, base=own, personalize={"budgets": (1,)}, points={}), str(tmp_path))
+    # Only clients that took part in stage 1 have such a base.
+    assert list(summary["pools"]) == ["seen"] and list(summary["pools"]["seen"]) == ["base", "fedp2eft r1"]
+    sites = len({row["site"] for row in metrics.read_rows(tmp_path / "strategies.parquet")})
+    assert kept(tmp_path) == {"fedp2eft r1": {sites}}
+    assert summary["pools"]["seen"]["fedp2eft r1"]["loss"] != summary["pools"]["seen"]["base"]["loss"]
 
-    whole = experiment.run(staged(load, base=NONE), str(tmp_path / "whole"))
-    workdir = tmp_path / "run"
+
+def test_an_interrupted_evaluation_goes_on_with_the_points_that_lack(load, tmp_path, monkeypatch):
     original, done = loop._rows, []
 
     def fail(scores, clients, index, pool, point):
-        if point == "lora r1" and len(done) == 0:
-            done.append(point)
+        if point == "lora r1":
             raise KeyboardInterrupt
         return original(scores, clients, index, pool, point)
 
+    def note(*arguments):
+        done.append(arguments[-1])
+        return original(*arguments)
+
+    config = staged(load, base=NONE, personalize={"budgets": (1,)})
     monkeypatch.setattr(loop, "_rows", fail)
     with pytest.raises(KeyboardInterrupt):
-        experiment.run(staged(load, base=NONE), str(workdir))
-    monkeypatch.setattr(loop, "_rows", lambda *arguments: done.append(arguments[-1]) or original(*arguments))
-    assert experiment.run(staged(load, base=NONE), str(workdir)) == whole
-    assert set(done[1:]) == {"lora r1"}
+        experiment.run(config, str(tmp_path))
+    before = metrics.read_rows(tmp_path / "clients.parquet")
+    monkeypatch.setattr(loop, "_rows", note)
+    summary = experiment.run(config, str(tmp_path))
+    assert set(done) == {"lora r1"} and list(summary["pools"]["seen"]) == ["base", "fedp2eft r1", "lora r1"]
+    assert metrics.read_rows(tmp_path / "clients.parquet")[: len(before)] == before
+    with pytest.raises(ValueError, match="adapter.targets was 'all-linear' and is 'query'"):
+        experiment.run(staged(load, base=NONE, adapter={"targets": "query"}), str(tmp_path))
 
 
 MISTAKES = {
@@ -168,9 +181,3 @@ def test_mistakes_are_found_before_anything_is_compiled(message, load, tmp_path)
     with pytest.raises(ValueError, match=message):
         experiment.run(staged(load, **MISTAKES[message]), str(tmp_path))
     assert not (tmp_path / "base").exists()
-
-
-def test_a_directory_with_strategies_for_other_sites_is_refused(load, tmp_path):
-    experiment.run(staged(load, base=NONE), str(tmp_path))
-    with pytest.raises(ValueError, match="adapter.targets was 'all-linear' and is 'query'"):
-        experiment.run(staged(load, base=NONE, adapter={"targets": "query"}), str(tmp_path))
