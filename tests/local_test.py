@@ -87,7 +87,7 @@ def test_each_step_has_its_own_key():
 
 def test_the_loss_is_the_mean_over_examples_and_padding_may_be_anything():
     model, base = toy.model(), toy.model().init(KEY)
-    batch = jax.tree.map(lambda leaf: leaf[0, 0], toy.batches(0, 1))
+    batch = jax.tree.map(lambda leaf: leaf[0, 0], toy.batches(0, 1).replace(constants={}))
     loss = local.objective(model, tasks.classification(), base)
     whole = [loss({}, batch.replace(weights=np.eye(4, dtype=np.float32)[i]), KEY)[0] for i in range(3)]
     batch.weights[3], batch.inputs["mask"][3], batch.labels[3] = 0, False, 10**6

@@ -176,7 +176,7 @@ def test_local_training_is_a_federation_of_one():
 
 def test_no_steps_of_personalization_evaluate_what_the_server_has():
     state, _ = contract.two_rounds("fedit")
-    batches = jax.tree.map(lambda leaf: leaf[0, :0], federation.data(0, [0]))
+    batches = jax.tree.map(lambda leaf: leaf[0, :0], federation.data(0, [0]).replace(constants={}))
     method, key = algorithm("fedit"), jax.random.key(0)
     own = method.personalize(federation.base(), state.server, method.init_client(state.server, 0, key), batches, key)
     assert_same(own, state.server.adapters)
