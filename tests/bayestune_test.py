@@ -245,3 +245,22 @@ def test_alone_a_client_keeps_its_budget_and_starts_again():
 def test_mistakes(settings, message):
     with pytest.raises(ValueError, match=message):
         bayestune.bayestune(MODEL, TASK, INIT, ADAM, **settings)
+
+
+def test_more_ranks_fit_a_client_better():
+    many = jax.tree.map(lambda leaf: jnp.tile(leaf, (10,) + (1,) * (leaf.ndim - 1)), ONE.replace(constants={}))
+    method = lora.lora(MODEL, TASK, INIT, optax.adam(1e-2))
+    server, losses = method.init(jax.random.key(0)), []
+    for budget in (1, 4):
+        own = many.replace(constants=ONE.constants | {"budget": np.int32(budget)})
+        tuned = jax.jit(method.personalize)(BASE, server, (), own, jax.random.key(1))
+        losses.append(
+            np.mean([TASK.loss(MODEL.apply(BASE, tuned, x), y).mean() for x, y in zip(*_steps(ONE), strict=True)])
+        )
+    assert losses[1] < losses[0]
+
+
+def _steps(batches):
+    count = batches.labels.shape[0]
+    inputs = [jax.tree.map(lambda leaf, step=step: leaf[step], batches.inputs) for step in range(count)]
+    return inputs, [batches.labels[step] for step in range(count)]
