@@ -21,8 +21,8 @@ needs the hub and an accelerator), `reference` the same with the accidents of it
 
 Seed 0, mean over languages in %, seen / unseen pool, r = 2, 4, 8, 16 (two CPU cores, jax 0.10.2): base 51.6 / 54.9;
 FedP2EFT 71.3 / 69.5, 73.5 / 69.2, 72.9 / 68.3, 68.2 / 64.4; uniform LoRA 72.2 / 71.3, 73.4 / 68.9, 72.2 / 68.5,
-64.7 / 59.3; AdaLoRA 67.1 / 62.5, 60.3 / 56.4, 60.5 / 51.9, 55.5 / 48.5. FedP2EFT beats tuned uniform LoRA only where the
-common learning rate is too high for it. BayesTune, FedL2P, controls and more seeds are still to be run.
+64.7 / 59.3; AdaLoRA 67.1 / 62.5, 60.3 / 56.4, 60.5 / 51.9, 55.5 / 48.5. FedP2EFT beats tuned uniform LoRA only
+where the common learning rate is too high for it. BayesTune, FedL2P, controls and more seeds are still to be run.
 
 Published (second hand), seen pool, r = 2, LoRA / AdaLoRA / BayesTune / FedL2P / FedP2EFT: eng 90.4 / 89.9 / 89.9 /
 90.7 / 92.0, amh 45.7 / 45.2 / 45.2 / 45.7 / 52.0, tir 44.9 / 44.9 / 44.9 / 45.3 / 63.5, orm 64.2 / 64.0 / 64.0 / 64.4
