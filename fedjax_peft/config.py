@@ -101,7 +101,13 @@ def stage_one(config: ConfigDict) -> ConfigDict:
         if unknown:
             raise ValueError(f"base.{unknown[0]} is no key of a config")
         for key, value in settings.items():
+            if isinstance(stage[key], ConfigDict) != isinstance(value, dict):
+                raise ValueError(f"base.{key} is {value!r}, expected what {key} is in a config")
             if isinstance(value, dict):
+                # These two hold arguments of functions, which check them; a slip elsewhere would go unnoticed.
+                lost = [name for name in value if key not in ("algorithm", "data") and name not in stage[key]]
+                if lost:
+                    raise ValueError(f"base.{key}.{lost[0]} is no key of a config")
                 stage[key].update(value)
             else:
                 stage[key] = value

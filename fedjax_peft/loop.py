@@ -319,15 +319,22 @@ def _make_judge(problem, clients, chunk, workdir, root):
     return judge
 
 
+def _identity(clients, client, index, pool, point) -> dict[str, Any]:
+    """The columns that say what a row is about."""
+    return {
+        "round": index,
+        "client": int(client),
+        "name": clients.names[client],
+        "group": clients.groups[client],
+        "pool": pool,
+        "point": point,
+    }
+
+
 def _strategies(scores, clients, index, pool, point, sites) -> list[dict[str, Any]]:
     return [
         {
-            "round": index,
-            "client": int(client),
-            "name": clients.names[client],
-            "group": clients.groups[client],
-            "pool": pool,
-            "point": point,
+            **_identity(clients, client, index, pool, point),
             "site": site,
             **{name: values[place, row].item() for name, values in scores.described.items()},
         }
@@ -339,12 +346,7 @@ def _strategies(scores, clients, index, pool, point, sites) -> list[dict[str, An
 def _rows(scores: evaluate.Scores, clients: Clients, index: int, pool: str, point: str) -> list[dict[str, Any]]:
     return [
         {
-            "round": index,
-            "client": int(client),
-            "name": clients.names[client],
-            "group": clients.groups[client],
-            "pool": pool,
-            "point": point,
+            **_identity(clients, client, index, pool, point),
             "train_examples": int(clients.examples[client]),
             "examples": int(scores.examples[place]),
             "majority": float(clients.majority[client]),

@@ -165,6 +165,9 @@ def test_an_interrupted_evaluation_goes_on_with_the_points_that_lack(load, tmp_p
 MISTAKES = {
     "base.name is 'gpt', expected pretrained, fedavg, fedit, feddpa, dept": {"base": {"name": "gpt"}},
     "base.roundz is no key of a config": {"base": {"roundz": 3}},
+    "base.train.stepz is no key of a config": {"base": {"train": {"stepz": 3}}},
+    "base.optimizer is 3, expected what optimizer is in a config": {"base": {"optimizer": 3}},
+    "algorithm.tap_dtype is 'int8'": {"algorithm": {"name": "fedp2eft", "tap_dtype": "int8"}},
     "a budget is 5 ranks a site, expected 1 to adapter.rank, which is 4": {"personalize": {"budgets": (5,)}},
     "points.x: fedit learns in rounds, so it needs a run of its own": {
         "points": {"x": {"algorithm": {"name": "fedit"}}}

@@ -132,7 +132,7 @@ def fedp2eft(
     settings = bayestune.make_scales(**switches)
     bayestune.check_mode(mode)
     aggregate.check_weighting(weighting)
-    _check(choice=choice, features=features, tap_standardize=tap_standardize)
+    _check(choice=choice, features=features, tap_standardize=tap_standardize, tap_dtype=tap_dtype)
     layout = ranks.layout(ranks.concrete(init_adapters))
     shape = (layout.sites, layout.rank)
     inputs = taps.size(model) + include_quantity
@@ -213,9 +213,9 @@ def fedp2eft(
         count = batches.constants.get("budget", layout.rank) * layout.sites
         choose, tune = jax.random.split(key)
         kept = chosen(scores, count, choose)
-        adapters = ranks.scaled(layout, server.adapters, kept if mode == "value" else jnp.sign(kept))
         if train_scales_at_eval:
             return _with_scales(model, task, base, server.adapters, kept, optimizer, batches, tune, layout, settings)
+        adapters = ranks.scaled(layout, server.adapters, kept if mode == "value" else jnp.sign(kept))
         return lora.fine_tune(model, task, base, adapters, optimizer, batches, tune, rate=personal_rate)[0]
 
     def chosen(scores, count, key):
@@ -228,10 +228,10 @@ def fedp2eft(
             "width": lambda: jnp.broadcast_to(jnp.asarray(layout.widths, jnp.float32)[:, None], shape),
         }
         # The k-th largest value goes to the k-th best rank of the rival, so that only the places differ.
-        values = -jnp.sort(-scores.reshape(-1))
-        order = jnp.argsort(-rivals[choice]().reshape(-1), stable=True)
+        preferred, values = rivals[choice](), -jnp.sort(-scores.reshape(-1))
+        order = jnp.argsort(-preferred.reshape(-1), stable=True)
         moved = jnp.zeros_like(values).at[order].set(values).reshape(shape)
-        return moved * ranks.top(rivals[choice](), count)
+        return moved * ranks.top(preferred, count)
 
     def traffic(server):
         size = sum(leaf.size for leaf in jax.tree.leaves(server.psg))
@@ -310,6 +310,7 @@ def _check(**switches):
         "choice": ("generated", "random", "uniform", "width"),
         "features": ("own", "constant"),
         "tap_standardize": ("running", "none"),
+        "tap_dtype": ("float32", "bfloat16"),
     }
     for name, value in switches.items():
         if value not in known[name]:
