@@ -11,6 +11,7 @@ It is a transportation problem: its matrix is totally unimodular, so the vertex 
 matrix of zeros and ones, and no integer program is needed.
 """
 
+import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
 import scipy.sparse
@@ -54,20 +55,23 @@ def bounds(
     return least, min(most, experts)
 
 
-def solve(scores: np.ndarray, choices: int, least: int, most: int) -> np.ndarray:
+def solve(scores: np.ndarray, choices: int, least: int, most: int, dtype: str = "float64") -> np.ndarray:
     """The best assignment of every site.
 
     Args:
       scores: [M, E, N] of M sites; their softmax over clients are the preferences.
       choices, least, most: as checked by `bounds`.
+      dtype: that scores and preferences are rounded to. Of `bfloat16` some are equal, and the best assignment is one of
+        several.
 
     Returns:
       [M, E, N] bool, X.
     """
     places, experts, clients = scores.shape
-    wide = np.asarray(scores, np.float64)
+    wide = np.asarray(scores).astype(jnp.dtype(dtype)).astype(np.float64)
     preferences = np.exp(wide - wide.max(-1, keepdims=True))
     preferences /= preferences.sum(-1, keepdims=True)
+    preferences = preferences.astype(jnp.dtype(dtype)).astype(np.float64)
     # One block a site: rows of X that sum over clients, and columns that sum over experts.
     of_expert = scipy.sparse.kron(scipy.sparse.eye(places * experts), np.ones((1, clients)), "csr")
     of_client = scipy.sparse.kron(np.ones((1, experts)), scipy.sparse.eye(clients))

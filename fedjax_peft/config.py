@@ -71,7 +71,15 @@ def default_config() -> ConfigDict:
     config.base = ConfigDict({"name": "pretrained"})
     config.evaluate = ConfigDict({"every": 5, "batch": 8, "pack": 8})  # rounds; examples; batches at once
     config.evaluate.generate = 0  # tokens of written answers that are compared with references; 0 compares likelihoods
-    config.evaluate.measures = ("rougeL", "rougeL_ref")  # of text_metrics.py, averages over examples
+    config.evaluate.measures = ("rougeL", "rougeL_ref")  # of text_metrics.py; the first is the headline
+    config.evaluate.decoding = ConfigDict({"method": "greedy"})  # how answers are written, or `sampled`, `beam`
+    config.evaluate.decoding.temperature = 1.0  # of `sampled`, as is the next one
+    config.evaluate.decoding.top_p = 1.0  # share of probability that tokens are drawn from
+    config.evaluate.decoding.beams = 1  # of `beam`, as are the next two
+    config.evaluate.decoding.length_penalty = 1.0  # above 0 prefers longer answers
+    config.evaluate.decoding.early_stopping = False  # with the first `beams` answers that ended
+    config.evaluate.decoding.no_repeat = 0  # no n-gram of so many tokens twice; 0 for no such rule
+    config.evaluate.decoding.repeat_prompt = False  # whether n-grams of the prompt do not count for that
     config.evaluate.spectra = False  # singular values and numerical ranks of what clients add to each site
     config.evaluate.rank_tolerance = 1e-2  # singular values count that exceed it times the largest
 
@@ -96,6 +104,8 @@ BASES = {
     "dept": {"algorithm": {"name": "dept"}, "adapter": {"kind": "full"}},
 }
 """What makes the base of a further stage, beside `pretrained`."""
+DECODING = {"sampled": ("temperature", "top_p"), "beam": ("beams", "length_penalty", "early_stopping")}
+"""Keys of `evaluate.decoding` that one method alone reads."""
 
 
 def stage_one(config: ConfigDict) -> ConfigDict:
@@ -127,8 +137,14 @@ def stage_one(config: ConfigDict) -> ConfigDict:
 
 
 def identity(config: ConfigDict) -> dict[str, Any]:
-    """The keys that define an experiment: all but those of speed."""
-    return {key: value for key, value in config.to_dict().items() if key != "run"}
+    """The keys that define an experiment: all but those of speed.
+
+    How answers are decoded is left out where it is the default, as in manifests from before there was a choice.
+    """
+    found = {key: value for key, value in config.to_dict().items() if key != "run"}
+    if found["evaluate"].get("decoding") == default_config().evaluate.decoding.to_dict():
+        del found["evaluate"]["decoding"]
+    return found
 
 
 def check_numbers(config: ConfigDict) -> None:
@@ -156,6 +172,20 @@ def check_numbers(config: ConfigDict) -> None:
         raise ValueError(f"evaluate.rank_tolerance is {config.evaluate.rank_tolerance}, expected between 0 and 1")
     if not 0 <= config.dropout_rate < 1:
         raise ValueError(f"dropout_rate is {config.dropout_rate}, expected at least 0 and below 1")
+    _check_decoding(config.evaluate.decoding)
+
+
+def _check_decoding(decoding: ConfigDict) -> None:
+    """Raises ValueError for a setting of a method that is not the chosen one, which would change nothing."""
+    plain = default_config().evaluate.decoding
+    for method, keys in DECODING.items():
+        for key in keys:
+            value = decoding.get(key, plain[key])
+            if method != decoding.method and value != plain[key]:
+                raise ValueError(
+                    f"evaluate.decoding.{key} is {value}, but evaluate.decoding.method is {decoding.method!r}, "
+                    f"expected {method!r}"
+                )
 
 
 def named(key: str, name: str, known: Mapping[str, Callable]) -> Callable:

@@ -9,8 +9,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fedjax_peft import population as populations
-from fedjax_peft import processes, rounds
+from fedjax_peft import processes, rounds, written
 from fedjax_peft.types import Algorithm, Array, Model, PyTree, Task
+
+ANSWERS = rounds.PERSONALIZE + 1  # a further stream of randomness that hangs off the run's root key
+LESS_IS_BETTER = ("loss", "ter")
 
 
 class Scores(NamedTuple):
@@ -21,6 +24,7 @@ class Scores(NamedTuple):
     metrics: dict[str, np.ndarray]  # {name: [n]} what the task reports; NaN without examples
     means: dict[str, np.ndarray]  # {name: [n, ..]} over the client's test examples, which `metrics` comes from
     described: PyTree  # [n, ..] what `describe` says of each client's adapters; () without it
+    texts: Sequence[written.Written] = ()  # [n] of each client, for a task that judges what is written
 
 
 def make_evaluate(
@@ -32,7 +36,7 @@ def make_evaluate(
     chunk: int,
     items: Callable[[np.ndarray], Iterable[Any]],
     describe: Callable[[PyTree], PyTree] = lambda adapters: (),
-    answers: Callable[..., Iterable[tuple[Any, PyTree]]] = lambda base, adapters, ids: (),
+    answers: Callable[..., Iterable[tuple[Any, PyTree]]] = lambda *_: (),
 ) -> Callable[..., Scores]:
     """Builds the evaluation of a list of clients.
 
@@ -42,7 +46,7 @@ def make_evaluate(
         position in ids whose client each batch belongs to; and, for a task that predicts, `rows` `[I, B]`, the
         examples' positions in their store.
       describe: adapters of one client -> arrays to be recorded.
-      answers: see `make_answers`; for a task that judges what is generated.
+      answers: see `make_answers`; for a task that judges what is written.
 
     Returns:
       (base, server, population, ids, support, round, root) -> Scores. `support` (ids `[C]`, padded with N) -> the
@@ -55,6 +59,7 @@ def make_evaluate(
 
     def evaluate(base, server, population, ids, support, round_index, root):
         clients, mine = len(population.known), rounds.here(group)
+        key = jax.random.fold_in(jax.random.fold_in(root, ANSWERS), round_index)
         judged = []
         for start in range(0, len(ids), group):
             own = ids[start : start + group]
@@ -72,20 +77,23 @@ def make_evaluate(
             # Each process judges the clients in its own slots, on its own devices.
             adapters, real = rounds.local(adapters, mesh), int((here < clients).sum())
             mind = rounds.local(base, mesh), adapters
-            part = _score_group(score, task, *mind, items(here), answers(*mind, here), real)
+            part = _score_group(score, task, *mind, items(here), real)
             said = jax.tree.map(lambda leaf: np.asarray(leaf)[:real], described(adapters))  # noqa: B023
-            judged.append((real, part, said))
+            texts = written.by_client(task, answers(*mind, here, key), real) if task.judge else []
+            judged.append((real, part, said, texts))
         # Slots of one group over all processes, then those of the next.
         judged = [one for part in zip(*processes.gather(judged), strict=True) for one in part]
-        known = [part for _, part, _ in judged if part is not None]
+        known = [part for _, part, _, _ in judged if part is not None]
         if not known:
             raise ValueError(f"none of the {len(ids)} clients to evaluate has a test example")
-        said = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(said for _, _, said in judged))
-        whole = [_nothing(known[0], real) if part is None else part for real, part, _ in judged]
+        said = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(said for _, _, said, _ in judged))
+        whole = [_nothing(known[0], real) if part is None else part for real, part, _, _ in judged]
+        texts = [one for _, _, _, texts in judged for one in texts]
         examples, sums = jax.tree.map(lambda *leaves: np.concatenate(leaves), *whole)
         means = _means(sums, examples)
-        reported = task.derived(means) if task.derived else means
-        return Scores(np.asarray(ids, np.int32), examples, reported, means, said)
+        told = means | written.columns([one.metrics for one in texts])
+        reported = task.derived(told) if task.derived else told
+        return Scores(np.asarray(ids, np.int32), examples, reported, means, said, texts)
 
     return evaluate
 
@@ -124,21 +132,25 @@ def make_answers(
     """Builds what answers the prompts of some clients.
 
     Args:
-      generate: (base, adapters, inputs `[B, T]`) -> (tokens [B, P], lengths [B]) of one client.
+      generate: (base, adapters, inputs `[B, T]`, key) -> (tokens [B, P], lengths [B]) of one client.
       items: ids `[C]` -> packs of prompts, padded on the left, with the `rows` of their examples.
 
     Returns:
-      (base, adapters `[C, ..]`, ids) -> pairs of a pack and its {`tokens` [I, B, P], `lengths` [I, B]}.
+      (base, adapters `[C, ..]`, ids, key) -> pairs of a pack and its {`tokens` [I, B, P], `lengths` [I, B]}. A batch is
+      given the key of its client and of its first example.
     """
 
     @jax.jit
-    def side_by_side(base, adapters, inputs, slots):
+    def side_by_side(base, adapters, inputs, slots, clients, rows, key):
         own = jax.tree.map(lambda leaf: leaf[slots], adapters)
-        return jax.vmap(generate, in_axes=(None, 0, 0))(base, own, inputs)
+        # Neither packs nor groups of clients may change what is drawn.
+        fold = jax.vmap(lambda client, row: jax.random.fold_in(jax.random.fold_in(key, client), row))
+        return jax.vmap(generate, in_axes=(None, 0, 0, 0))(base, own, inputs, fold(clients, rows))
 
-    def answers(base, adapters, ids):
+    def answers(base, adapters, ids, key):
         for item in items(ids):
-            tokens, lengths = side_by_side(base, adapters, item.inputs, item.slots)
+            own = np.asarray(ids)[item.slots], item.rows[:, 0].astype(np.int32)
+            tokens, lengths = side_by_side(base, adapters, item.inputs, item.slots, *own, key)
             yield item, {"tokens": tokens, "lengths": lengths}
 
     return answers
@@ -207,6 +219,9 @@ def pooled(scores: Scores, groups: Sequence[str], task: Task) -> list[dict[str, 
         name: np.stack([np.average(values[own], axis=0, weights=scores.examples[own]) for own in members])
         for name, values in scores.means.items()
     }
+    if scores.texts:
+        parts = [[one for one, its in zip(scores.texts, own, strict=True) if its] for own in members]
+        means |= written.columns([written.judged(task, part) for part in parts])
     reported = task.derived(means)
     return [
         {"group": name, **{metric: float(values[row]) for metric, values in reported.items()}}
@@ -225,9 +240,9 @@ def summarize(
       pooled: what `pooled` returned, for metrics whose value over all examples is not the average of clients' values.
 
     Returns:
-      For each metric the mean over clients, their standard deviation, the mean of the worst tenth (highest for losses),
-      the value over all examples, and that over the examples of each group; beside them the numbers of clients and
-      examples.
+      For each metric the mean over clients, their standard deviation, the mean of the worst tenth (the highest, where
+      less is better), the value over all examples, and that over the examples of each group; beside them the numbers of
+      clients and examples.
     """
     rows = [row for row in rows if row["examples"]]
     if not rows:
@@ -245,7 +260,7 @@ def summarize(
     summary: dict[str, Any] = {"clients": len(rows), "examples": int(examples.sum())}
     for name in metrics:
         values = np.array([row[name] for row in rows], np.float64)
-        worst_first = np.sort(values)[:: -1 if name == "loss" else 1]
+        worst_first = np.sort(values)[:: -1 if name in LESS_IS_BETTER else 1]
         summary[name] = {
             "mean": float(values.mean()),
             "std": float(values.std()),
@@ -262,7 +277,7 @@ def headline(point: Mapping[str, Any]) -> str:
     return next((name for name in names if name != "loss"), "loss")
 
 
-def _score_group(score, task, base, adapters, items, answered, real) -> tuple[np.ndarray, PyTree] | None:
+def _score_group(score, task, base, adapters, items, real) -> tuple[np.ndarray, PyTree] | None:
     """(examples, sums) of the clients in the first `real` slots; None if none of them has a test example."""
     total, said = None, []
     for item in items:
@@ -273,7 +288,6 @@ def _score_group(score, task, base, adapters, items, answered, real) -> tuple[np
     if total is None:
         return None
     examples, sums = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), total)
-    said += answered
     if said:
         sums |= _scored(task, said, len(examples))
     return jax.tree.map(lambda leaf: leaf[:real], (examples, sums))
@@ -286,15 +300,8 @@ def _nothing(like, real) -> tuple[np.ndarray, PyTree]:
 
 def _scored(task, said, slots) -> dict[str, np.ndarray]:
     """Sums `[C, ..]` of what the task's `score` says of all examples of some clients, predicted pack by pack."""
-
-    real = [item.weights > 0 for item, _ in said]
-
-    def joined(*leaves):
-        return np.concatenate([np.asarray(leaf)[own] for leaf, own in zip(leaves, real, strict=True)])
-
-    rows = joined(*(item.rows for item, _ in said))
-    owners = joined(*(np.broadcast_to(item.slots[:, None], item.weights.shape) for item, _ in said))
-    values = task.score(rows, jax.tree.map(joined, *(predictions for _, predictions in said)))
+    owners, rows, predictions = written.joined(said)
+    values = task.score(rows, predictions)
 
     def by_client(values):
         sums = np.zeros((slots, *values.shape[1:]))

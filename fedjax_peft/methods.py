@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from fedjax_peft import adapters, aggregate, algorithms, local, loop, ranks, spectra, tasks
-from fedjax_peft.algorithms import fedprompt, mutual, personal_base
+from fedjax_peft.algorithms import expert_embeddings, fedprompt, mutual, personal_base
 from fedjax_peft.config import called, named
 from fedjax_peft.data import federations
 from fedjax_peft.ground import make_tokenizer
@@ -91,14 +91,14 @@ def _settings(config: ConfigDict) -> dict[str, Any]:
     return settings
 
 
-def task(config: ConfigDict, federation: federations.Federation, score: Callable | None = None) -> Task:
-    """What clients learn, as their data ask for; `score` judges what they write."""
+def task(config: ConfigDict, federation: federations.Federation, judge: Callable | None = None) -> Task:
+    """What clients learn, as their data ask for; `judge` is of what they write."""
     if federation.task == "span":
         return tasks.span(score=federation.score, max_answer=config.task.max_answer)
     if federation.task == "choice":
         return tasks.choice(federation.score)
     if federation.task == "causal":
-        return tasks.causal(score=score, average=config.task.average, smoothing=config.task.smoothing)
+        return tasks.causal(judge=judge, average=config.task.average, smoothing=config.task.smoothing)
     return tasks.classification(mcc=config.task.mcc)
 
 
@@ -128,12 +128,15 @@ def rivals(
 
 
 def strategy(config: ConfigDict, base: PyTree) -> loop.Strategy | None:
-    """What is recorded of the ranks that clients have: those that a budget leaves, or those of their weights."""
+    """What is recorded of a client at each site: ranks that a budget leaves or its weights have, or experts held."""
     budgets, spectral = tuple(config.personalize.budgets), config.evaluate.spectra
-    if not budgets and not spectral:
+    mixed = config.algorithm.name == "fedamole"
+    if not budgets and not spectral and not mixed:
         return None
     ranks.check_budgets(budgets, config.adapter.rank)
     layout = ranks.layout(ranks.concrete(initializer(config, base)))
+    if not budgets and not spectral:
+        return loop.Strategy(layout.names, functools.partial(expert_embeddings.strategy, layout))
     describe = functools.partial(ranks.strategy, layout)
     if not spectral:
         return loop.Strategy(layout.names, describe)

@@ -39,6 +39,7 @@ class Mixture:
     held: Array  # [.., U] 1 where the slot holds an expert, else 0
     top_k: int = struct.field(pytree_node=False, default=2)
     dropout: float = struct.field(pytree_node=False, default=0.0)
+    ids: Array | None = None  # [.., U] int32 which of the E experts these are, known of a client's mixture
 
     def __call__(self, x: Array, key: Array | None = None) -> Array:
         tokens = x.reshape(-1, x.shape[-1])
@@ -187,7 +188,7 @@ def gather(whole: Mixture, ids: Array) -> Mixture:
         return jnp.where(held.reshape(wide), taken, jnp.zeros((), leaf.dtype))
 
     a, b, rows = jax.tree.map(own, (whole.a, whole.b, whole.rows))
-    return whole.replace(a=a, b=b, rows=rows, held=held.astype(jnp.float32))
+    return whole.replace(a=a, b=b, rows=rows, held=held.astype(jnp.float32), ids=ids)
 
 
 def scatter(values: Array, ids: Array, weights: Array, experts: int) -> Array:

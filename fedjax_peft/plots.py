@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from matplotlib import axes, figure, ticker
 
-from fedjax_peft import client_plots, rank_plots, recovery_plots, spectrum_plots
+from fedjax_peft import client_plots, expert_plots, rank_plots, recovery_plots, spectrum_plots
 
 STYLE = {
     "font.family": client_plots.FONT,
@@ -118,6 +118,21 @@ def write_spectra(
         if own:
             pictures["singular_values"] = spectrum_plots.values(own, algorithm)
         _save(folder, pictures)
+
+
+def write_experts(
+    folder: epath.PathLike, strategies: Iterable[Mapping[str, Any]], *, algorithm: str, point: str
+) -> None:
+    """Writes experts.png.
+
+    Args:
+      folder: made if it does not exist.
+      strategies: rows of strategies.parquet, of which those at `point` are shown.
+      algorithm: name for the title.
+    """
+    held = expert_plots.held(row for row in strategies if row["point"] == point)
+    with matplotlib.rc_context(STYLE):
+        _save(folder, {"experts": expert_plots.heat_map(held, algorithm)})
 
 
 def write_recovery(

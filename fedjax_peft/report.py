@@ -148,6 +148,8 @@ def _draw(run: _Run, rows: Sequence[Mapping[str, Any]]) -> None:
     strategies = metrics.read_rows(path) if path.exists() else []
     if rows and "rank_sum" in rows[0]:
         plots.write_spectra(folder, rows, strategies, algorithm=name, point=headline)
+    if strategies and "experts" in strategies[0]:
+        plots.write_experts(folder, strategies, algorithm=name, point=headline)
     method = split(headline)[0]
     budgets = [budget for other, budget in map(split, run.points) if budget and other == method]
     if not budgets:
@@ -290,7 +292,8 @@ def _label(experiment: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -
     keys = sorted(set().union(*rivals) - {"seed"})
     endings = collections.Counter(key.split(".")[-1] for key in keys)
     for key in keys:
-        if any(rival.get(key) != experiment.get(key) for rival in rivals):
+        # How answers are decoded is named only where it is not the default.
+        if key in experiment and any(rival.get(key) != experiment[key] for rival in rivals):
             ending = key.split(".")[-1]
             name += f" {ending if endings[ending] == 1 else key}={experiment.get(key)}"
     return name

@@ -86,7 +86,7 @@ def span(*, score: Callable | None = None, max_answer: int = 30) -> Task:
     return task if score is None else task._replace(predict=predict, score=score, derived=derived)
 
 
-def causal(*, score: Callable | None = None, average: str = "tokens", smoothing: float = 0.0) -> Task:
+def causal(*, judge: Callable | None = None, average: str = "tokens", smoothing: float = 0.0) -> Task:
     """Answers to prompts: cross-entropy of each token of the answer, its end token included.
 
     Outputs are logits [B, P, V] of the inputs' `chosen` tokens. Labels are `targets` [B, P] int32 or longer, the tokens
@@ -95,8 +95,7 @@ def causal(*, score: Callable | None = None, average: str = "tokens", smoothing:
     of answers, `exact`, all of whose tokens would: those that greedy generation gives word for word.
 
     Args:
-      score: compares generated answers with references on the host, `instructions.judge`; there is no `predict`,
-        because generation is no forward pass.
+      judge: compares generated answers with references on the host, `instructions.judge`.
       average: the loss of a batch is the mean over all its target `tokens`, as most implementations have it, or the
         mean over `examples` of means over tokens. A batch of one example has both alike.
       smoothing: of labels in training, the share of the target's weight that all V tokens divide among them (Szegedy
@@ -132,7 +131,7 @@ def causal(*, score: Callable | None = None, average: str = "tokens", smoothing:
         generated = [name for name in means if name not in ("loss", "token_accuracy", "exact")]
         return {name: means[name] for name in ("loss", *generated, "exact", "token_accuracy")}
 
-    return Task(loss, metrics, score=score, derived=None if score is None else derived)
+    return Task(loss, metrics, derived=None if judge is None else derived, judge=judge)
 
 
 def choice(score: Callable) -> Task:

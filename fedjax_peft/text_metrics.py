@@ -130,6 +130,11 @@ def chrf(prediction: str, references: Sequence[str]) -> float:
     return _package("sacrebleu").sentence_chrf(prediction, list(references)).score / 100
 
 
+def chrf_corpus(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """chrF2 of the n-grams of all texts together, as sacrebleu computes it."""
+    return _package("sacrebleu").corpus_chrf(predictions, _streams(references)).score / 100
+
+
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]], *, lowercase: bool = False) -> float:
     """BLEU (Papineni et al., 2002) of a corpus as sacrebleu computes it: words of mteval 13a, exponential smoothing."""
     return _package("sacrebleu").corpus_bleu(predictions, _streams(references), lowercase=lowercase).score / 100
@@ -210,6 +215,7 @@ METRICS = {
     "meteor": Metric(meteor),
     "meteor_wordnet": Metric(functools.partial(meteor, synonyms=True)),
     "chrf": Metric(chrf),
+    "chrf_corpus": Metric(chrf_corpus, corpus=True),
     "bleu": Metric(bleu, corpus=True),
     "bleu_lower": Metric(functools.partial(bleu, lowercase=True), corpus=True),
     "ter": Metric(ter, corpus=True),

@@ -53,8 +53,12 @@ class Task(NamedTuple):
     """(rows [n], predictions [n, ..]) -> {name: [n, ..]}: more metrics to be averaged, computed on the host from what
     `predict` said of all test examples of some clients at once; `rows` are their positions in the test store."""
     derived: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] | None = None
-    """({name: [n, ..]} averages over the examples of n clients or pools) -> {name: [n]}: what is reported, the headline
-    right after the loss, computed on the host. NaN stays NaN. Without it the averages are reported."""
+    """({name: [n, ..]} averages over the examples of n clients or pools, and what `judge` says of them) -> {name: [n]}:
+    what is reported, the headline right after the loss, computed on the host. NaN stays NaN. Without it all of that is
+    reported."""
+    judge: Callable[[np.ndarray, PyTree], dict[str, float]] | None = None
+    """(rows [n], answers [n, ..]) -> {name: value}: metrics of what was written to some test examples, those of one
+    client or of a whole pool, computed on the host from all of them together: averages of parts need not give them."""
 
 
 @struct.dataclass

@@ -76,6 +76,20 @@ def test_shifted_rows_and_permuted_clients():
     np.testing.assert_array_equal(solved(TILTED[:, order]), solved(TILTED)[:, order])
 
 
+def test_rounded_scores_cost_little_and_may_be_equal():
+    scores = 3 * np.random.default_rng(2).normal(size=(4, 30, 10))
+    exact, rounded = (assignment.solve(scores, 2, 2, 8, dtype) for dtype in ("float64", "bfloat16"))
+    np.testing.assert_array_equal(rounded.sum(-1), 2)
+    best, found = (preferences(scores)[chosen].sum() for chosen in (exact, rounded))
+    assert best * (1 - 2**-8) < found <= best
+    # A difference beyond eight bits decides, unless it is rounded away.
+    close = np.array([[1.0, 1.001, 0.0], [1.001, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    assert sets(solved(close, 1, 1, 1)) == [{1}, {0}, {2}]
+    np.testing.assert_array_equal(
+        solved(np.round(close), 1, 1, 1), assignment.solve(close[None], 1, 1, 1, "bfloat16")[0]
+    )
+
+
 def test_slots_name_experts_and_mark_what_is_empty():
     chosen = solved(TILTED)[None]
     table = assignment.slots(chosen, 5)

@@ -31,7 +31,7 @@ def store():
     return federated.build(encoded, rng.integers(0, toy.CLASSES, 40), parts, allow_empty=True)
 
 
-def scores(store, chunk, pack, ids, steps=0, devices=1, task=None):
+def scores(store, chunk, pack, ids, steps=0, devices=1, task=None, index=0, seed=0, **settings):
     model, task, key = toy.model(), task or tasks.classification(), jax.random.key(0)
     base = model.init(key)
     init = functools.partial(adapters.init, shapes=base, rank=2, targets="query")
@@ -46,12 +46,14 @@ def scores(store, chunk, pack, ids, steps=0, devices=1, task=None):
         mesh,
         chunk=chunk,
         items=lambda ids: batches.items(store, ids, batch=4, pack=pack, widths=(3, 6)),
+        **settings,
     )
 
     def support(ids):
         return batches.cohort(store, ids, seed=0, round=0, batch=4, steps=steps, widths=(3, 6))
 
-    return judge(rounds.shard_base(base, mesh), server, people, np.asarray(ids), support, 0, key), model, base
+    placed, root = rounds.shard_base(base, mesh), jax.random.key(seed)
+    return judge(placed, server, people, np.asarray(ids), support, index, root), model, base
 
 
 def test_means_over_examples_equal_a_plain_loop(store):
@@ -216,6 +218,74 @@ def fedit():
     model = toy.model()
     init = functools.partial(adapters.init, shapes=model.init(jax.random.key(0)), rank=2, targets="query")
     return fedavg.fedit(model, tasks.classification(), init, optax.sgd(0.5))
+
+
+PROMPTS = {"batch": 4, "widths": (3, 6), "left": True}
+
+
+def test_what_is_written_is_judged_by_client_and_by_pool(store):
+    """Scores of a corpus: here the share of answers that are long, squared, which no average of clients gives."""
+    calls = []
+
+    def judge(rows, answers):
+        calls.append(sorted(rows.tolist()))
+        np.testing.assert_array_equal(answers["tokens"][:, 0], rows)
+        return {"long": float(np.mean(answers["lengths"] > 2)) ** 2}
+
+    def answers(base, adapters, ids, key):
+        for item in batches.items(store, ids, pack=3, **PROMPTS):
+            yield item, {"tokens": item.rows[..., None], "lengths": item.inputs["mask"].sum(-1)}
+
+    task = tasks.classification()
+    task = task._replace(judge=judge, derived=lambda means: {name: means[name] for name in ("loss", "long")})
+    result = scores(store, chunk=2, pack=3, ids=range(CLIENTS), task=task, answers=answers)[0]
+    own = [federated.rows(store, client) for client in range(CLIENTS)]
+    assert calls == [rows.tolist() for rows in own if len(rows)]
+    share = [np.mean(federated.lengths(store)[rows] > 2) if len(rows) else np.nan for rows in own]
+    np.testing.assert_allclose(result.metrics["long"], np.square(share))
+    whole = evaluate.pooled(result, ("a", "a", "a", "b", "b"), task)
+    expected = [np.mean(federated.lengths(store)[np.concatenate(own[some])] > 2) for some in
+                (slice(None), slice(3), slice(3, None))]  # fmt: skip
+    np.testing.assert_allclose([row["long"] for row in whole], np.square(expected))
+    assert whole[0]["loss"] == evaluate.pooled(scores(store, 1, 5, range(CLIENTS), task=task, answers=answers)[0],
+                                               ("a",) * CLIENTS, task)[0]["loss"]  # fmt: skip
+
+
+def test_what_is_drawn_depends_on_seed_round_and_client_alone(store):
+    def generate(base, adapters, inputs, key):
+        drawn = jax.random.bits(key, inputs["mask"].shape[:1], jnp.uint16)
+        return drawn[:, None], jnp.ones(len(drawn), jnp.int32)
+
+    def drawn(ids, pack, key):
+        ids = np.asarray(ids, np.int32)
+        write = evaluate.make_answers(generate, lambda ids: batches.items(store, ids, pack=pack, **PROMPTS))
+        found = {}
+        for item, said in write({}, {"a": jnp.zeros(len(ids))}, ids, key):
+            real = item.weights > 0
+            found |= dict(zip(item.rows[real].tolist(), np.asarray(said["tokens"])[real].ravel().tolist(), strict=True))
+        return found
+
+    one = drawn([0, 1, 3, 4, CLIENTS], 3, jax.random.key(0))
+    assert len(one) == 40 and len(set(one.values())) > 38
+    assert drawn([4, 3], 1, jax.random.key(0)) == {row: one[row] for row in range(12, 40)}
+    assert drawn([4], 2, jax.random.key(1)) != {row: one[row] for row in range(32, 40)}
+
+    keys = []
+    task = tasks.classification()._replace(judge=lambda rows, answers: {})
+
+    def answers(base, adapters, ids, key):
+        keys.append(jax.random.key_data(key).tolist())
+        return ()
+
+    for index, seed in ((0, 0), (1, 0), (0, 1), (0, 0)):
+        scores(store, chunk=CLIENTS, pack=3, ids=[0], task=task, answers=answers, index=index, seed=seed)
+    assert keys[0] == keys[3] and len({str(key) for key in keys}) == 3
+
+
+def test_of_some_metrics_less_is_better():
+    rows = [{"examples": 1, "group": "a", "ter": value, "bleu": value} for value in (0.1, 0.5, 0.9)]
+    summary = evaluate.summarize(rows, ["ter", "bleu"])
+    assert (summary["ter"]["worst_10_percent"], summary["bleu"]["worst_10_percent"]) == (0.9, 0.1)
 
 
 def test_statistics():

@@ -10,8 +10,8 @@ import pytest
 import toy
 from federation import CLIENTS, assert_close, assert_same, snapshot
 
-from fedjax_peft import adapters, tasks, trees
-from fedjax_peft.algorithms import fedamole, fedavg
+from fedjax_peft import adapters, ranks, tasks, trees
+from fedjax_peft.algorithms import expert_embeddings, fedamole, fedavg
 from fedjax_peft.models import bert
 
 MODEL, TASK, SGD, KEY = toy.model(), tasks.classification(), optax.sgd(0.5), jax.random.key(5)
@@ -278,6 +278,38 @@ def test_a_step_costs_little_more_than_one_of_plain_lora():
     assert 1.0 < ratio <= 1.25
 
 
+def test_adapters_of_sixteen_bits_stay_so_and_lose_small_steps():
+    method = make(adapter_dtype="bfloat16", score_dtype="bfloat16")
+    server = start(method)
+    after = after_one(method)
+    types = jax.tree.map(lambda leaf: leaf.dtype, (server, after))
+    assert types[0] == types[1]
+    node, plain = node_of(after.adapters), node_of(after_one(make()).adapters)
+    assert {leaf.dtype.name for leaf in (node.a, node.b, node.router, node.shared.a)} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in (node.scale, node.held)} == {"float32"}
+    upload = uploaded(method, server, 4)[0]
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(upload.embeddings)} == {"bfloat16"}
+    np.testing.assert_allclose(node.b.astype(np.float32), plain.b, atol=0.02)
+    moved, exact = (
+        np.mean(node_of(later.adapters).shared.a != node_of(first.adapters).shared.a)
+        for later, first in ((after, server), (after_one(make()), start(make())))
+    )
+    assert moved < exact
+
+
+def test_what_a_client_holds_is_read_off_its_adapters():
+    method, server = make(), start(make())
+    layout = ranks.layout(ranks.concrete(init_adapters()))
+    own = method.init_client(server, 4, KEY)
+    tuned = jax.jit(method.personalize)(federation.base(), server, own, data(4), KEY)
+    found = expert_embeddings.strategy(layout, tuned)["experts"]
+    empty = NUMBERS["experts"]
+    np.testing.assert_array_equal(found, np.where(server.slots[:, 4] == empty, -1, server.slots[:, 4]))
+    # A rival of the same run holds no experts.
+    plain = expert_embeddings.strategy(layout, init_adapters()(KEY))["experts"]
+    assert plain.shape == (toy.LAYERS, 0)
+
+
 def test_what_is_sent_is_noised_once_and_counted():
     server = start(make())
     plain, private = uploaded(make(), server, 4), uploaded(make(dp="corrected", dp_eta=50.0), server, 4)
@@ -299,6 +331,8 @@ def test_what_is_sent_is_noised_once_and_counted():
         ({"router": "none"}, "algorithm.router is 'none'"),
         ({"embed_on": "test"}, "algorithm.embed_on is 'test'"),
         ({"weighting": "size"}, "algorithm.weighting is 'size'"),
+        ({"adapter_dtype": "float16"}, "algorithm.adapter_dtype is 'float16', expected one of float32, bfloat16"),
+        ({"score_dtype": "int8"}, "algorithm.score_dtype is 'int8', expected one of float64, bfloat16"),
         ({"dp": "on"}, "algorithm.dp is 'on', expected one of off, corrected, reference"),
         ({"dp": "corrected", "dp_eta": 0.0}, "algorithm.dp_eta is 0.0, expected a positive number"),
         ({"dp": "reference", "dp_cap": 1.0}, "dp_clip and dp_cap belong to dp 'corrected', not to 'reference'"),

@@ -33,6 +33,7 @@ RUN = {
     "records",
     "rounds",
     "segments",
+    "written",
 }
 
 # Module or folder -> what of this package it may import. A folder stands for all files in it.
@@ -58,7 +59,8 @@ ALLOWED = {
     "rounds": PURE,
     "population": PURE | {"processes"},
     "segments": PURE | {"metrics", "population", "processes"},
-    "evaluate": PURE | {"rounds", "population", "processes"},
+    "evaluate": PURE | {"rounds", "population", "processes", "written"},
+    "written": PURE,
     "generate": PURE,
     "records": PURE | {"evaluate"},
     "checkpoint": PURE | {"processes"},
@@ -67,9 +69,10 @@ ALLOWED = {
     "chunking": {"metrics", "processes"},
     "console": {"processes"},
     "client_plots": set(),
-    "plots": {"client_plots", "rank_plots", "recovery_plots", "spectrum_plots"},
+    "plots": {"client_plots", "expert_plots", "rank_plots", "recovery_plots", "spectrum_plots"},
     "recovery_plots": {"rank_plots", "spectrum_plots"},
     "spectrum_plots": set(),
+    "expert_plots": {"client_plots"},
     "rank_plots": {"client_plots"},
     "gains": {"console", "evaluate", "metrics"},
     "report": {"console", "evaluate", "metrics", "plots"},

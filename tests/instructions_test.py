@@ -139,11 +139,9 @@ def test_generated_answers_meet_the_references_of_their_rows(tmp_path):
     tokenizer = letters(tmp_path)
 
     def same(texts, references):
-        return [float(text in right) for text, right in zip(texts, references, strict=True)]
+        return {"hits": sum(text in right for text, right in zip(texts, references, strict=True))}
 
-    score = instructions.judge(tokenizer.decode, [("x",), ("yes ", "no"), ("no",)], {"exact_match": same})
+    judged = instructions.judge(tokenizer.decode, [("x",), ("yes ", "no"), ("no",)], same)
     tokens = np.array([ids("no") + ids("!"), ids(" no")])
-    found = score(np.array([1, 2]), {"tokens": tokens, "lengths": np.array([2, 3])})
-    assert found["exact_match"].tolist() == [1.0, 1.0]
-    again = score(np.array([0, 1]), {"tokens": tokens, "lengths": np.array([3, 3])})
-    assert again["exact_match"].tolist() == [0.0, 1.0]
+    assert judged(np.array([1, 2]), {"tokens": tokens, "lengths": np.array([2, 3])}) == {"hits": 2}
+    assert judged(np.array([0, 1]), {"tokens": tokens, "lengths": np.array([3, 3])}) == {"hits": 1}

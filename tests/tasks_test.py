@@ -121,7 +121,7 @@ def test_tokens_and_whole_answers_that_greedy_decoding_would_give():
     assert metrics["exact"].tolist() == [1.0, 0.0] and metrics["token_accuracy"].tolist() == [1.0, 0.5]
     assert list(metrics) == ["loss", "token_accuracy", "exact"]
     means = {name: np.zeros(1) for name in ("loss", "token_accuracy", "exact", "rouge_l")}
-    assert list(tasks.causal(score=lambda *_: {}).derived(means)) == ["loss", "rouge_l", "exact", "token_accuracy"]
+    assert list(tasks.causal(judge=lambda *_: {}).derived(means)) == ["loss", "rouge_l", "exact", "token_accuracy"]
 
 
 def test_a_choice_is_the_answer_of_least_mean_loss():

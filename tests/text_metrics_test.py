@@ -102,6 +102,14 @@ def test_a_corpus_is_more_than_its_examples():
     assert found["rouge1"] == pytest.approx((5 / 6 + 1) / 2)
 
 
+def test_chrf_of_a_corpus_is_that_of_all_n_grams():
+    # Of 2 and 6 letters 1 and 6 are found, of 1 and 5 pairs 0 and 5; only longer runs of the second exist.
+    predictions, references = ["ab", "abcdef"], [["ac"], ["zz", "abcdef"]]
+    found = text_metrics.scored(["chrf_corpus", "chrf"], predictions, references)
+    assert found["chrf_corpus"] == pytest.approx((7 / 8 + 5 / 6 + 4) / 6)
+    assert found["chrf"] == pytest.approx((1 / 4 + 1) / 2)
+
+
 def test_ter():
     assert one("ter", "a b c d", "a b d") == pytest.approx(1 / 3)
     assert one("ter", "c d a b", "a b c d") == pytest.approx(1 / 4), "one shift"

@@ -1,5 +1,7 @@
 """What FedAMoLE's server knows of clients and experts: mean queries and keys of a client's texts, noised if asked.
 
+And tables of them, a row a site.
+
 Zhang et al., arXiv 2411.19128. At each site a client is the mean over its tokens of W x, an expert that it holds the
 mean of A_i x, with x under the client's own tuned adapters and without dropout. The router's logits are products of the
 same two, so the product of the means says how much an expert suits a client.
@@ -10,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from fedjax_peft import adapters as adapters_lib
@@ -94,7 +97,8 @@ def embed(
     means = {}
     for index, (path, (tokens, *kinds)) in enumerate(sorted(sums.items())):
         keys = jax.random.split(jax.random.fold_in(key, index), 2)
-        means[path] = [_released(kind, tokens, own, noise) for kind, own in zip(kinds, keys, strict=False)]
+        released = [_released(kind, tokens, own, noise) for kind, own in zip(kinds, keys, strict=False)]
+        means[path] = [mean.astype(nodes[path].a.dtype) for mean in released]
     client = adapters_lib.nest({path: found[0] for path, found in means.items()})
     return Embeddings(client, adapters_lib.nest({path: (*found, None)[1] for path, found in means.items()}))
 
@@ -216,3 +220,26 @@ def scores(layout: ranks.Layout, known: Known, adapters: PyTree) -> Array:
     embedded = known.embedded[None, None]
     mean = jnp.sum(jnp.where(embedded, found, 0.0), -1, keepdims=True) / jnp.maximum(jnp.sum(embedded), 1)
     return jnp.where(embedded, found, mean)
+
+
+def by_site(layout: ranks.Layout, rows: Array, empty: float) -> dict[tuple[str, ...], Array]:
+    """Rows of a table [J, ..] where they belong: {path: [.., ..]}; layers without an adapter have `empty`."""
+    sizes = [int(np.prod(shape[:-1])) for shape in layout.shapes]
+    flat = jnp.full((sum(sizes), *rows.shape[1:]), empty, rows.dtype).at[layout.order].set(rows)
+    starts = np.cumsum([0, *sizes])
+    return {
+        path: flat[start : start + size].reshape(*shape[:-1], *rows.shape[1:])
+        for path, shape, start, size in zip(layout.paths, layout.shapes, starts, sizes, strict=False)
+    }
+
+
+def strategy(layout: ranks.Layout, adapters: PyTree) -> dict[str, Array]:
+    """Which experts a client holds: `experts` [J, U] int32, -1 in empty slots; no slots at sites without a mixture."""
+
+    def slots(node):
+        if not isinstance(node, Mixture):
+            return jnp.zeros((node.scale.size // layout.rank, 0), jnp.int32)
+        return jnp.where(node.held > 0, node.ids, -1).reshape(-1, node.ids.shape[-1])
+
+    nodes = adapters_lib.nodes(adapters)
+    return {"experts": jnp.concatenate([slots(nodes[path]) for path in layout.paths])[layout.order]}

@@ -38,6 +38,8 @@ CHOICES = {
     "assign": ("data", "random", "static"),
     "router": ("invariant", "linear"),
     "embed_on": ("train", "aux"),
+    "adapter_dtype": ("float32", "bfloat16"),
+    "score_dtype": ("float64", "bfloat16"),
 }
 
 
@@ -95,6 +97,8 @@ def fedamole(
     dp_eta: float = 1.0,
     dp_clip: float | None = None,
     dp_cap: float | None = None,
+    adapter_dtype: str = "float32",
+    score_dtype: str = "float64",
     schedule: optax.Schedule | None = None,
     personal_rate: float = 1.0,
 ) -> Algorithm:
@@ -122,8 +126,9 @@ def fedamole(
       weighting: of means over clients and over holders, `uniform` or by `examples`.
       dp, dp_eta, dp_clip, dp_cap: noise on the embeddings, see `expert_embeddings.Noise`. The metric `dp_spent` of a
         round adds up over the vectors that a client releases, and over rounds.
-      schedule: round -> factor on the client's learning rate in training; None is 1.
-      personal_rate: factor on it in personalization.
+      adapter_dtype, score_dtype: of all that is trained, moments, means and embeddings included; and what scores are
+        rounded to. Both are `bfloat16` in the published code, where steps that are small beside a weight are lost.
+      schedule, personal_rate: factor on the client's learning rate, by round in training and in personalization.
 
     Raises:
       ValueError: a setting that there is not, or experts that cannot be shared out as asked.
@@ -131,7 +136,8 @@ def fedamole(
     aggregate.check_weighting(weighting)
     noise = Noise(dp, dp_eta, dp_clip, dp_cap)
     expert_embeddings.check_noise(noise)
-    _check(balance=balance, balance_reduce=balance_reduce, assign=assign, router=router, embed_on=embed_on)
+    choices = {"balance_reduce": balance_reduce, "assign": assign, "router": router, "embed_on": embed_on}
+    _check(balance, choices | {"adapter_dtype": adapter_dtype, "score_dtype": score_dtype})
     least, most = assignment.bounds(
         experts=experts,
         clients=clients,
@@ -149,6 +155,8 @@ def fedamole(
 
     def init(key):
         adapters = _banks(key, init_adapters, layout, experts, shared_expert, router == "linear", top_k)
+        trained, fixed = _parted(adapters)
+        adapters = trees.join(jax.tree.map(lambda leaf: leaf.astype(adapter_dtype), trained), fixed)
         scores = jax.random.uniform(jax.random.fold_in(key, SCORES), (layout.sites, experts, clients))
         return Server(
             adapters=adapters,
@@ -167,10 +175,10 @@ def fedamole(
         return jnp.take(server.slots, client.id, axis=1, mode="clip")
 
     def train(base, server, client, batches, key, rate):
-        ids = _by_site(layout, slots_of(server, client), experts)
+        ids = expert_embeddings.by_site(layout, slots_of(server, client), experts)
         nodes = adapters_lib.nodes(server.adapters)
         received = adapters_lib.nest(nodes | {path: mixture.gather(nodes[path], own) for path, own in ids.items()})
-        start, fixed = trees.select(received, _is_trained), trees.select(received, lambda leaf: not _is_trained(leaf))
+        start, fixed = _parted(received)
         loss = _objective(model, task, base, fixed, layout, share, mask_padding)
         trained, _, metrics = local.train(loss, optimizer, start, optimizer.init(start), batches, key, rate=rate)
         return trees.join(trained, fixed), trees.subtract(trained, start), metrics
@@ -193,7 +201,7 @@ def fedamole(
     def fold(uploads, cohort):
         weights = cohort.examples if weighting == "examples" else jnp.ones_like(cohort.examples)
         weights = jnp.where(cohort.reported, weights, 0.0)
-        ids = _by_site(layout, jnp.swapaxes(uploads.slots, 0, 1), experts)
+        ids = expert_embeddings.by_site(layout, jnp.swapaxes(uploads.slots, 0, 1), experts)
         sums = {}
         for path, leaves in _of_holders(uploads).items():
             own = jnp.moveaxis(ids[path], -2, 0)
@@ -207,7 +215,7 @@ def fedamole(
         return Sums(common, sums, holders, found, seen)
 
     def server_update(server, sums):
-        holders = _by_site(layout, sums.holders, 0.0)
+        holders = expert_embeddings.by_site(layout, sums.holders, 0.0)
         means = {
             path: {leaf: mixture.over_holders(total, holders[path]) for leaf, total in leaves.items()}
             for path, leaves in sums.experts.items()
@@ -229,7 +237,7 @@ def fedamole(
     def host_step(server):
         if assign == "static" and int(server.round) > 0:
             return server
-        chosen = assignment.solve(np.asarray(server.scores), expert_choices, least, most)
+        chosen = assignment.solve(np.asarray(server.scores), expert_choices, least, most, score_dtype)
         return server.replace(slots=assignment.slots(chosen, most))
 
     def traffic(server):
@@ -247,10 +255,14 @@ def shared(server: Server) -> PyTree:
 
 
 def _is_trained(leaf: str) -> bool:
-    return leaf not in ("scale", "held")
+    return leaf not in ("scale", "held", "ids")
 
 
-def _check(balance: float, **choices: str) -> None:
+def _parted(adapters: PyTree) -> tuple[PyTree, PyTree]:
+    return trees.select(adapters, _is_trained), trees.select(adapters, lambda leaf: not _is_trained(leaf))
+
+
+def _check(balance: float, choices: dict[str, str]) -> None:
     if balance < 0:
         raise ValueError(f"algorithm.balance is {balance}, expected 0 or more")
     for name, value in choices.items():
@@ -288,17 +300,6 @@ def _objective(model, task, base, fixed, layout, factor, mask_padding) -> local.
     return loss
 
 
-def _by_site(layout: ranks.Layout, rows: Array, empty: float) -> dict[tuple[str, ...], Array]:
-    """Rows of a table [J, ..] where they belong: {path: [.., ..]}; layers without an adapter have `empty`."""
-    sizes = [int(np.prod(shape[:-1])) for shape in layout.shapes]
-    flat = jnp.full((sum(sizes), *rows.shape[1:]), empty, rows.dtype).at[layout.order].set(rows)
-    starts = np.cumsum([0, *sizes])
-    return {
-        path: flat[start : start + size].reshape(*shape[:-1], *rows.shape[1:])
-        for path, shape, start, size in zip(layout.paths, layout.shapes, starts, sizes, strict=False)
-    }
-
-
 def _of_holders(uploads: Upload) -> dict[tuple[str, ...], dict[str, Array]]:
     """What belongs to experts: changes of their leaves, and embeddings."""
     found = {}
@@ -325,8 +326,10 @@ def _moved(adapters: PyTree, common: PyTree, means: dict) -> PyTree:
     nodes = adapters_lib.nodes(common)
     for path, leaves in means.items():
         nodes[path] = nodes[path].replace(**{leaf: value for leaf, value in leaves.items() if leaf in OF_HOLDERS})
-    fixed = trees.select(adapters, lambda leaf: not _is_trained(leaf))
-    return trees.join(trees.add(trees.select(adapters, _is_trained), adapters_lib.nest(nodes)), fixed)
+    trained, fixed = _parted(adapters)
+    # Sums over clients are float32, whatever the adapters are.
+    moved = jax.tree.map(lambda old, mean: (old + mean).astype(old.dtype), trained, adapters_lib.nest(nodes))
+    return trees.join(moved, fixed)
 
 
 def _traffic(server: Server, layout: ranks.Layout, held: float, embeds: bool) -> tuple[int, int]:

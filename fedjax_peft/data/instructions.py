@@ -12,8 +12,6 @@ import numpy as np
 from fedjax_peft.data.federated import Encoded
 from fedjax_peft.data.tokenizers import Tokenizer
 
-Measure = Callable[[Sequence[str], Sequence[Sequence[str]]], np.ndarray]
-
 _TASK = "Below is an instruction that describes a task"
 _WRITE = "Write a response that appropriately completes the request."
 
@@ -143,26 +141,27 @@ def chooser(questions: np.ndarray, gold: np.ndarray) -> Callable[..., dict[str, 
 
 
 def judge(
-    decode: Callable[[Sequence[int]], str], references: Sequence[Sequence[str]], measures: Mapping[str, Measure]
-) -> Callable[..., dict[str, np.ndarray]]:
+    decode: Callable[[Sequence[int]], str],
+    references: Sequence[Sequence[str]],
+    measure: Callable[[Sequence[str], Sequence[Sequence[str]]], dict[str, float]],
+) -> Callable[..., dict[str, float]]:
     """Builds what compares generated answers with references, all without white space around them.
 
     Args:
       decode: token ids -> text.
       references: of each example of the test store.
-      measures: {name: (texts [n], references of each) -> [n]}.
+      measure: (texts [n], references of each) -> {name: value}, such as `text_metrics.scored`.
 
     Returns:
-      (rows [n], {`tokens` [n, P], `lengths` [n], the tokens before the end token}) -> {name: [n]}.
+      (rows [n], {`tokens` [n, P], `lengths` [n], the tokens before the end token}) -> {name: value}.
     """
 
-    def score(rows: np.ndarray, predictions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        pairs = zip(predictions["tokens"], predictions["lengths"], strict=True)
+    def judged(rows: np.ndarray, answers: Mapping[str, np.ndarray]) -> dict[str, float]:
+        pairs = zip(answers["tokens"], answers["lengths"], strict=True)
         texts = [decode(tokens[:length]).strip() for tokens, length in pairs]
-        right = [[reference.strip() for reference in references[row]] for row in rows]
-        return {name: np.asarray(measure(texts, right), np.float64) for name, measure in measures.items()}
+        return measure(texts, [[reference.strip() for reference in references[row]] for row in rows])
 
-    return score
+    return judged
 
 
 def _joined(instruction: str, context: str) -> str:

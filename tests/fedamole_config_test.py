@@ -1,0 +1,82 @@
+"""The variants of configs/fedamole.py: what the authors do differently, and that all can be built."""
+
+import importlib.util
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import toy
+from flax import traverse_util
+
+from fedjax_peft import adapters, algorithms, config, local, tasks
+
+PATH = pathlib.Path(__file__).parents[1] / "configs" / "fedamole.py"
+SPEC = importlib.util.spec_from_file_location("fedamole_config", PATH)
+MODULE = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(MODULE)
+
+MIXTURE = {
+    "algorithm.adapter_dtype": "bfloat16",
+    "algorithm.score_dtype": "bfloat16",
+    "algorithm.mask_padding": False,
+    "algorithm.min_experts": 2,
+}
+WRITTEN = {
+    "evaluate.measures": ("rougeL_ref", "rougeL"),
+    "evaluate.decoding.method": "sampled",
+    "evaluate.decoding.temperature": 0.6,
+    "evaluate.decoding.top_p": 0.9,
+}
+REFERENCE = {method: MIXTURE if method.startswith("fedamole") else {"data.aux": 0.0} for method in MODULE.METHODS} | {
+    "fdlora": {"algorithm.warmup_ticks": True},
+    "fedmutual": {"algorithm.kl_reduce": "elements", "data.aux": 0.0},
+    "fedapen": {"algorithm.kl_reduce": "elements"},
+}
+
+
+def flat(*variant):
+    found = MODULE.get_config(",".join(variant))
+    config.check_numbers(found)
+    return traverse_util.flatten_dict(found.to_dict(), sep=".")
+
+
+@pytest.mark.parametrize("method", MODULE.METHODS)
+@pytest.mark.parametrize("scenario", ["snli_1", "dolly_0.1", "ni"])
+def test_the_reference_differs_in_these_keys_alone(scenario, method):
+    published, reference = (flat(scenario, method, size) for size in ("published", "reference"))
+    changed = {key: value for key, value in reference.items() if key not in published or published[key] != value}
+    assert published.keys() <= reference.keys()
+    assert changed == REFERENCE[method] | ({} if scenario == "snli_1" else WRITTEN)
+
+
+@pytest.mark.parametrize("size", ["small", "published", "reference"])
+@pytest.mark.parametrize("method", MODULE.METHODS)
+def test_methods_have_the_settings_that_they_are_given(method, size):
+    settings = MODULE.get_config(f"ni,{method},{size}")
+    own = settings.algorithm.to_dict()
+    factory = algorithms.ALL[own.pop("name")]
+    if method.startswith("fedamole"):
+        own["clients"] = 10
+    if method == "fedprompt":
+        own["prompt"] = (1, 2)
+    model = toy.model()
+    base = jax.eval_shape(model.init, jax.random.key(0))
+
+    def init_adapters(key, **changed):
+        return adapters.init(key, shapes=base, **{"rank": 2, "targets": "query"} | changed)
+
+    optimizer = local.make_optimizer(**settings.optimizer)
+    assert factory(model, tasks.causal(), init_adapters, optimizer, **own).init_client is not None
+
+
+def test_the_last_round_has_the_published_rate():
+    found = MODULE.get_config("ni,fedamole,published")
+    last = found.optimizer.learning_rate * found.algorithm.personal_rate
+    np.testing.assert_allclose(last, 3.7358604716579807e-5)
+    assert found.rounds == 29 and found.evaluate.generate == 128
+
+
+def test_a_size_that_there_is_not_gets_a_sentence():
+    with pytest.raises(ValueError, match="the size is 'tiny', expected 'small', 'published' or 'reference'"):
+        MODULE.get_config("ni,fedamole,tiny")
