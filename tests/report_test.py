@@ -177,6 +177,12 @@ def test_experiments_of_one_algorithm_are_told_apart_by_what_differs(tmp_path, c
     assert "over seeds" not in printed
 
 
+def test_a_setting_that_a_run_does_not_name_is_not_in_its_label(tmp_path, capsys):
+    sampled = {"decoding": {"method": "sampled"}}
+    report.compare([write_run(tmp_path / "plain"), write_run(tmp_path / "sampled", evaluate=sampled)])
+    assert [row[0] for row in cells(capsys.readouterr().out)[1:3]] == ["fedit", "fedit method=sampled"]
+
+
 def test_settings_with_the_same_last_name_keep_their_section(tmp_path, capsys):
     steps = list(itertools.product((1, 2), repeat=2))
     report.compare([write_run(tmp_path / f"{a}{b}", train={"steps": a}, personalize={"steps": b}) for a, b in steps])
