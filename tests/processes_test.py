@@ -12,6 +12,7 @@ import threading
 import time
 
 import algorithms_test
+import conftest
 import federation
 import jax
 import numpy as np
@@ -25,8 +26,7 @@ from fedjax_peft import algorithms, checkpoint, loop, metrics, processes, rounds
 NAMES = [name for name in algorithms_test.TABLE if name in algorithms.ALL]
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
-    # Programs so small are compiled in less time than it takes to make them fast.
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {conftest.FAST_COMPILATION}",
     # Compiled once for all starts.
     "JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
