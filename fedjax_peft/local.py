@@ -152,23 +152,29 @@ def make_schedule(name: str = "constant", *, rounds: int, warmup: int = 0, end: 
     """Factor on the client's learning rate as a function of the round.
 
     Args:
-      name: `constant`, `linear` or `cosine` decay from 1 to `end` over the rounds after the warm-up.
-      warmup: rounds over which the factor first rises linearly from 1 / warmup to 1.
+      name: `constant`; `linear` or `cosine` decay, from 1 to what would be `end` one round after the last; or
+        `exponential`, by the same factor each round to `end` in the last one.
+      warmup: rounds over which the factor first rises linearly from 1 / warmup to 1; the decay has those after it.
     """
     steps = max(rounds - warmup, 1)
     shapes = {
-        "constant": optax.constant_schedule(1.0),
-        "linear": optax.linear_schedule(1.0, end, steps),
-        "cosine": optax.cosine_decay_schedule(1.0, steps, end),
+        "constant": lambda: optax.constant_schedule(1.0),
+        "linear": lambda: optax.linear_schedule(1.0, end, steps),
+        "cosine": lambda: optax.cosine_decay_schedule(1.0, steps, end),
+        "exponential": lambda: optax.exponential_decay(1.0, max(steps - 1, 1), end),
     }
     if name not in shapes:
         raise ValueError(f"schedule.name is {name!r}, expected one of {', '.join(shapes)}")
     if not 0 <= warmup < max(rounds, 1):
         raise ValueError(f"schedule.warmup is {warmup} rounds, expected 0 to {rounds - 1}")
+    # optax takes 0 for a rate that stays as it is.
+    if name == "exponential" and not end > 0:
+        raise ValueError(f"schedule.end is {end}, expected a positive number for an exponential decay")
+    decay = shapes[name]()
     if not warmup:
-        return shapes[name]
+        return decay
     rise = optax.linear_schedule(1.0 / warmup, 1.0, max(warmup - 1, 1))
-    return optax.join_schedules([rise, shapes[name]], [warmup])
+    return optax.join_schedules([rise, decay], [warmup])
 
 
 def _at_width(step, width, key):

@@ -77,6 +77,19 @@ def test_the_last_round_has_the_published_rate():
     assert found.rounds == 29 and found.evaluate.generate == 128
 
 
+@pytest.mark.parametrize("method, rounds", [("fedit", 29), ("fdlora", 31)])
+def test_the_rate_falls_by_one_percent_a_round(method, rounds):
+    found = MODULE.get_config(f"ni,{method},published")
+    factor = local.make_schedule(rounds=found.rounds, **found.schedule)
+    np.testing.assert_allclose([factor(index) for index in range(rounds)], 0.99 ** np.arange(rounds), rtol=1e-6)
+    assert found.rounds == rounds
+
+
+def test_fdlora_trains_once_more_than_methods_that_train_to_personalize():
+    for size in ("small", "published"):
+        assert MODULE.get_config(f"ni,fdlora,{size}").rounds == MODULE.get_config(f"ni,fedit,{size}").rounds + 1 + 1
+
+
 def test_a_size_that_there_is_not_gets_a_sentence():
     with pytest.raises(ValueError, match="the size is 'tiny', expected 'small', 'published' or 'reference'"):
         MODULE.get_config("ni,fedamole,tiny")

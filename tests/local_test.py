@@ -134,6 +134,8 @@ def test_sgd_clips_the_whole_gradient_and_has_momentum():
         ("linear", {}, [1, 0.8, 0.6, 0.4, 0.2]),
         ("cosine", {"end": 0.5}, [1, 0.9522542, 0.8272542, 0.6727457, 0.5477458]),
         ("linear", {"warmup": 2, "end": 0.1}, [0.5, 1, 1, 0.7, 0.4]),
+        ("exponential", {"end": 0.0625}, [1, 0.5, 0.25, 0.125, 0.0625]),
+        ("exponential", {"warmup": 2, "end": 0.25}, [0.5, 1, 1, 0.5, 0.25]),
     ],
 )
 def test_schedules_over_rounds(name, settings, expected):
@@ -154,6 +156,7 @@ def test_schedules_over_rounds(name, settings, expected):
             "schedule.name is 'step', expected one of constant, linear, ",
         ),
         (lambda: local.make_schedule(rounds=5, warmup=5), "schedule.warmup is 5 rounds, expected 0 to 4"),
+        (lambda: local.make_schedule("exponential", rounds=5), "schedule.end is 0.0, expected a positive number for"),
     ],
 )
 def test_mistakes_are_named_in_one_sentence(make, message):
