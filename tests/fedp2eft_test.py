@@ -244,6 +244,23 @@ def test_scales_may_go_on_training_under_their_mask():
     assert not (found * (1 - mask)).any() and np.any(found != 2.0 * scores * mask)
 
 
+@pytest.mark.parametrize("scales_too", [False, True])
+def test_the_personal_rate_multiplies_the_steps_of_a_and_b(scales_too):
+    given = client(0)
+    one_step = given.replace(weights=given.weights * (np.arange(len(given.weights)) == 0)[:, None])
+    scores = jax.random.uniform(jax.random.key(4), SHAPE, minval=0.1)
+
+    def trained_b(rate):
+        algorithm = method(train_scales_at_eval=scales_too, personal_rate=rate)
+        server = trained(algorithm, algorithm.init(jax.random.key(0)), scores)
+        found = algorithm.personalize(BASE, server, (), one_step, jax.random.key(1))
+        return {path: node.b for path, node in adapters.nodes(found).items() if hasattr(node, "b")}
+
+    once, thrice = trained_b(1.0), trained_b(3.0)
+    assert any(leaf.any() for leaf in once.values())
+    assert_close(thrice, trees.scale(once, 3.0), 1e-6)
+
+
 def test_sampled_budgets_leave_masked_scales_alone():
     algorithm = method(sample_budget=True, sample_budget_after=0, tap_standardize="none", psg_rate=1e-3)
     server = algorithm.init(jax.random.key(0))

@@ -214,7 +214,8 @@ def fedp2eft(
         choose, tune = jax.random.split(key)
         kept = chosen(scores, count, choose)
         if train_scales_at_eval:
-            return _with_scales(model, task, base, server.adapters, kept, optimizer, batches, tune, layout, settings)
+            both = bayestune.joint(optimizer, settings._replace(gradient="fresh"), personal_rate)
+            return _with_scales(model, task, base, server.adapters, kept, both, batches, tune, layout, settings)
         adapters = ranks.scaled(layout, server.adapters, kept if mode == "value" else jnp.sign(kept))
         return lora.fine_tune(model, task, base, adapters, optimizer, batches, tune, rate=personal_rate)[0]
 
@@ -287,8 +288,8 @@ def merged(statistics: Statistics, sums: Sums) -> Statistics:
     )
 
 
-def _with_scales(model, task, base, adapters, kept, optimizer, batches, key, layout, settings):
-    """Personalization that goes on training the kept scales, on the loss alone."""
+def _with_scales(model, task, base, adapters, kept, both, batches, key, layout, settings):
+    """Personalization that goes on training the kept scales, on the loss alone; `both` is a `bayestune.joint`."""
     mask = (kept > 0).astype(jnp.float32)
     loss = local.objective(model, task, base)
     fixed = trees.select(adapters, lambda leaf: leaf == "scale")
@@ -298,9 +299,8 @@ def _with_scales(model, task, base, adapters, kept, optimizer, batches, key, lay
         scales = mask * ranks.clamp(trained["scales"], settings.low, settings.high)
         return ranks.scaled(layout, trees.join(trained["adapters"], fixed), scales)
 
-    joint = bayestune.joint(optimizer, settings._replace(gradient="fresh"), 1.0)
     trained, _, _ = local.train(
-        lambda trained, batch, key: loss(assembled(trained), batch, key), joint, start, joint.init(start), batches, key
+        lambda trained, batch, key: loss(assembled(trained), batch, key), both, start, both.init(start), batches, key
     )
     return assembled(trained)
 
