@@ -5,8 +5,7 @@ Config keys are read here and in config.py, ground.py (data and base) and method
 
 import io
 import logging
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -61,11 +60,13 @@ def run(config: ConfigDict, workdir: str, begin: Callable[[str], None] = lambda 
     begin("data and base")
     ground = grounds.load(config, stages[0].seed)
     # All stages are built before the first of them takes its time.
-    if not [_Stage.make(stage, ground) for stage in stages][-1].points:
+    built = [_Stage.make(stage, ground) for stage in stages]
+    if not built[-1].points:
         raise ValueError("personalize needs either steps or epochs, which may be 0")
     if len(stages) == 2:
-        ground = _further(ground, stages[0], _base_workdir(config, workdir), begin)
-    return _train(config, ground, workdir, begin)
+        ground = _further(stages[0], ground, built[0], _base_workdir(config, workdir), begin)
+        built[-1] = _Stage.make(config, ground)
+    return _train(config, ground, built[-1], workdir, begin)
 
 
 class Personalized(NamedTuple):
@@ -93,7 +94,8 @@ def personalized(workdir: epath.PathLike, client: int) -> Personalized:
     if not 0 <= client < count:
         raise ValueError(f"--client is {client}, expected 0 to {count - 1}")
     if len(stages) == 2:
-        ground = _further(ground, stages[0], _base_workdir(config, workdir), lambda stage: None)
+        first = _Stage.make(stages[0], ground)
+        ground = _further(stages[0], ground, first, _base_workdir(config, workdir), lambda stage: None)
     stage = _Stage.make(config, ground)
     placed = rounds.shard_base(ground.pretrained.base, stage.mesh)
     stage = _knowing(config, ground, stage, placed, workdir)
@@ -149,25 +151,38 @@ class _Stage(NamedTuple):
     points: dict[str, loop.Point]
 
     @classmethod
-    def make(cls, config: ConfigDict, ground: Ground, observed: Mapping[str, PyTree] = MappingProxyType({})):
+    def make(cls, config: ConfigDict, ground: Ground):
         base, parts = ground.pretrained.base, ground.parts is not None
         model = methods.folded(config, ground.pretrained.model)
         task = methods.task(config, ground.federation, grounds.judge(config, ground))
         count = len(ground.federation.names)
         algorithm = methods.make(config, model, task, base, count, parts)
         rivals = methods.rivals(config, model, task, base, count, parts)
-        held = grounds.aux(config, ground) if methods.wants_aux(config) else {}
-        known = {**observed, **held} | ({"part": ground.parts} if parts else {})
-        clients = grounds.clients(config, ground.federation, ground.pad, known)
-        points = _points(config, ground.federation, ground.pad, known, algorithm, rivals)
         mesh = rounds.make_mesh(config.run.mesh.clients, config.run.mesh.model)
-        return cls(mesh, model, task, algorithm, rivals, methods.strategy(config, base), clients, points)
+        clients = _clients(config, ground, algorithm, rivals, {})
+        return cls(mesh, model, task, algorithm, rivals, methods.strategy(config, base), *clients)
 
 
-def _further(ground: Ground, config: ConfigDict, workdir: epath.PathLike, begin: Callable[[str], None]) -> Ground:
+def _clients(
+    config: ConfigDict,
+    ground: Ground,
+    algorithm: Algorithm,
+    rivals: list[tuple[str, Algorithm, ConfigDict]],
+    observed: dict[str, np.ndarray],
+) -> tuple[loop.Clients, dict[str, loop.Point]]:
+    """Who takes part, and how they are evaluated in the end; their constants are `observed` and what data say."""
+    held = grounds.aux(config, ground) if methods.wants_aux(config) else {}
+    known = {**observed, **held} | ({} if ground.parts is None else {"part": ground.parts})
+    clients = grounds.clients(config, ground.federation, ground.pad, known)
+    return clients, _points(config, ground.federation, ground.pad, known, algorithm, rivals)
+
+
+def _further(
+    config: ConfigDict, ground: Ground, stage: _Stage, workdir: epath.PathLike, begin: Callable[[str], None]
+) -> Ground:
     """The ground after stage 1: what it trained is merged into the base, what clients kept stands beside it."""
-    _train(config, ground, workdir, begin, last=False)
-    stage, federation = _Stage.make(config, ground), ground.federation
+    _train(config, ground, stage, workdir, begin, last=False)
+    federation = ground.federation
     server, people = loop.final(stage.algorithm, stage.mesh, len(federation.names), workdir)
     server = rounds.local(server, stage.mesh)
     shared = jax.device_get(stage.algorithm.shared(server))
@@ -187,6 +202,7 @@ def _further(ground: Ground, config: ConfigDict, workdir: epath.PathLike, begin:
 def _train(
     config: ConfigDict,
     ground: Ground,
+    stage: _Stage,
     workdir: epath.PathLike,
     begin: Callable[[str], None],
     *,
@@ -196,8 +212,7 @@ def _train(
 
     Only the last one evaluates its end: it begins with what the one before came to.
     """
-    own = identity(config)
-    stage, base = _Stage.make(config, ground), ground.pretrained.base
+    own, base = identity(config), ground.pretrained.base
     manifest.check(workdir, own, ground.hashes)
     sizes = grounds.sizes(ground.federation, base)
     manifest.write(workdir, own, config.run.to_dict(), hashes=ground.hashes, mesh=stage.mesh, sizes=sizes)
@@ -270,7 +285,9 @@ def _knowing(config: ConfigDict, ground: Ground, stage: _Stage, base: PyTree, wo
     if stage.algorithm.observe is None:
         return stage
     folder = workdir if config.base.name == "pretrained" else _base_workdir(config, workdir)
-    return _Stage.make(config, ground, _observed(config, ground, stage, rounds.local(base, stage.mesh), folder))
+    observed = _observed(config, ground, stage, rounds.local(base, stage.mesh), folder)
+    clients, points = _clients(config, ground, stage.algorithm, stage.rivals, observed)
+    return stage._replace(clients=clients, points=points)
 
 
 def _observed(
