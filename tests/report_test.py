@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedjax_peft import evaluate, metrics, report
+from fedjax_peft import comparison, evaluate, finished, metrics, report
 
 NAN = math.nan
 # client: group, pool, training examples, test examples, majority, then the metric of base, global and personal
@@ -84,7 +84,7 @@ def strategies(clients: dict[str, Any], personal: Sequence[str]) -> list[dict[st
             "site": f"encoder.layer.{layer}.attention.self.query", "ranks": (1 - layer) * 2 * budget, "scale": 1.0,
         }
         for point in personal
-        if (budget := report.split(point)[1])
+        if (budget := finished.split(point)[1])
         for client, (name, (group, pool, *_)) in enumerate(clients.items())
         for layer in range(2)
     ]  # fmt: skip
@@ -335,7 +335,7 @@ def test_a_point_named_like_a_run_is_not_mistaken_for_it(tmp_path, capsys):
 
 @pytest.mark.parametrize("other", ["group", "many"])
 def test_groups_are_left_out_where_they_differ_or_are_many(tmp_path, capsys, other):
-    clients = {f"c{i}": (f"g{i}", "seen", 8, 4, 0.5, (0.1,) * 6) for i in range(report.GROUPS + (other == "many"))}
+    clients = {f"c{i}": (f"g{i}", "seen", 8, 4, 0.5, (0.1,) * 6) for i in range(comparison.GROUPS + (other == "many"))}
     changed = clients | ({"c0": ("h", *clients["c0"][1:])} if other == "group" else {})
     report.compare([write_run(tmp_path / str(s), c, personal=WAYS, seed=s) for s, c in enumerate((clients, changed))])
     assert len(tables(capsys.readouterr().out)) == 1
@@ -349,7 +349,7 @@ def test_groups_are_left_out_where_they_differ_or_are_many(tmp_path, capsys, oth
     [("lora r2", "lora", 2), ("fedp2eft random r16", "fedp2eft random", 16), ("personal", "personal", None)],
 )
 def test_points_are_named_by_method_and_budget(point, method, budget):
-    assert report.split(point) == (method, budget)
+    assert finished.split(point) == (method, budget)
 
 
 def test_a_run_that_personalizes_nobody_is_named(tmp_path):

@@ -1,0 +1,123 @@
+"""Tables of several finished runs: those that differ only in their seed are one row, a method's."""
+
+import collections
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedjax_peft import finished
+
+GROUPS = 20  # most rows of groups in a table
+
+
+def methods(runs: Sequence[finished.Run]) -> dict[str, list[finished.Run]]:
+    """Runs of the same experiment but for the seed, under the algorithm's name and what else sets them apart."""
+    same: dict[str, list[finished.Run]] = {}
+    for run in runs:
+        key = json.dumps({**run.experiment, "seed": None}, sort_keys=True)
+        for other in same.setdefault(key, []):
+            if other.experiment["seed"] == run.experiment["seed"]:
+                raise ValueError(f"workdirs {other.workdir} and {run.workdir} hold the same run: give one of them")
+        same[key].append(run)
+    experiments = [members[0].experiment for members in same.values()]
+    return {_label(members[0].experiment, experiments): members for members in same.values()}
+
+
+def _label(experiment: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
+    """The algorithm's name, and the settings in which experiments with the same algorithm differ."""
+    name = experiment["algorithm.name"]
+    rivals = [other for other in others if other["algorithm.name"] == name]
+    keys = sorted(set().union(*rivals) - {"seed"})
+    endings = collections.Counter(key.split(".")[-1] for key in keys)
+    for key in keys:
+        # How answers are decoded is named only where it is not the default.
+        if key in experiment and any(rival.get(key) != experiment[key] for rival in rivals):
+            ending = key.split(".")[-1]
+            name += f" {ending if endings[ending] == 1 else key}={experiment.get(key)}"
+    return name
+
+
+def of_methods(methods: Mapping[str, list[finished.Run]]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of runs that personalize in one way each: a row a pool and method."""
+    table = [
+        [method, pool, len(members), members[0].pools[pool]["personal"]["clients"], *_over_seeds(members, pool)]
+        for pool in dict.fromkeys(pool for members in methods.values() for run in members for pool in run.pools)
+        for method, members in methods.items()
+        if pool in members[0].pools
+    ]
+    return ["method", "pool", "seeds", "clients", "before", "mean", "std", "pooled", "worst 10 %"], table
+
+
+def _over_seeds(runs: Sequence[finished.Run], pool: str) -> list[str]:
+    """Statistics of a pool: the mean before personalization; mean, deviation, pooled and worst tenth after it."""
+    wanted = [
+        (runs[0].before()[-1], "mean"),
+        *(("personal", name) for name in ("mean", "std", "pooled", "worst_10_percent")),
+    ]
+    return [_cell(run.pools[pool][point][run.metric][name] for run in runs) for point, name in wanted]
+
+
+def _cell(values: Iterable[float]) -> str:
+    """One number, or the mean of several and their standard deviation."""
+    values = list(values)
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{np.mean(values):.3f}±{np.std(values, ddof=1):.3f}"
+
+
+def of_points(methods: Mapping[str, list[finished.Run]]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of runs that personalize in several ways: a row a pool and way."""
+    table = []
+    for pool, ways in _ways_of_pools(methods).items():
+        for way, (members, point) in ways.items():
+            found = [run.statistics(pool, point) for run in members]
+            clients = members[0].pools[pool][point]["clients"]
+            wanted = ("mean", "over_groups", "worst_10_percent")
+            cells = [_cell(values[name] for values in found) for name in wanted]
+            table.append([way, pool, len(members), clients, *cells])
+    return ["way", "pool", "seeds", "clients", "mean over clients", "mean over groups", "worst 10 %"], table
+
+
+def of_groups(methods: Mapping[str, list[finished.Run]], most: int) -> Iterator[tuple[str, list[str], list[list[Any]]]]:
+    """Pool, columns and rows, a row a group and up to `most` ways side by side, where all runs have the same few."""
+    for pool, ways in _ways_of_pools(methods).items():
+        found = {
+            way: [run.statistics(pool, point)["groups"] for run in members] for way, (members, point) in ways.items()
+        }
+        groups = next(iter(found.values()))[0]
+        if len(groups) > GROUPS or any(other.keys() != groups.keys() for seeds in found.values() for other in seeds):
+            continue
+        before = [way for way, (_, point) in ways.items() if point == "base"]
+        after = [way for way, (_, point) in ways.items() if point not in ("base", "global")]
+        for part in finished.side_by_side(after, most):
+            columns = [*before, *part]
+            rows = [[group, *(_cell(seed[group] for seed in found[way]) for way in columns)] for group in groups]
+            yield pool, ["group", *columns], rows
+
+
+def _ways_of_pools(methods: Mapping[str, list[finished.Run]]) -> dict[str, dict[str, tuple[list[finished.Run], str]]]:
+    ways = _ways(methods)
+    pools = dict.fromkeys(pool for members, _ in ways.values() for run in members for pool in run.pools)
+    return {pool: {way: entry for way, entry in ways.items() if pool in entry[0][0].pools} for pool in pools}
+
+
+def _ways(methods: Mapping[str, list[finished.Run]]) -> dict[str, tuple[list[finished.Run], str]]:
+    """Name -> (runs, point) of all that is compared; several experiments on the same base show it once."""
+    found: list[tuple[str, str, list[finished.Run]]] = []
+    bases: list[dict[str, Any]] = []
+    for label, members in methods.items():
+        # Rounded, because another chunk of clients may change the last digits.
+        groups = {pool: members[0].statistics(pool, "base")["groups"] for pool in members[0].pools}
+        base = {pool: {group: round(value, 4) for group, value in of.items()} for pool, of in groups.items()}
+        for point in (*members[0].before(), *members[0].points):
+            if point != "base" or base not in bases:
+                found.append((label, point, members))
+        bases.append(base)
+    short = [label if point == "personal" else point for label, point, _ in found]
+    times = collections.Counter(short)
+    return {
+        name if times[name] == 1 else f"{label}: {point}": (members, point)
+        for name, (label, point, members) in zip(short, found, strict=True)
+    }

@@ -1,0 +1,73 @@
+"""Finished runs, read back from their directories, and the names of the points that clients were evaluated at."""
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from flax import traverse_util
+
+from fedjax_peft import evaluate, metrics
+
+
+class Run(NamedTuple):
+    """A finished run directory."""
+
+    workdir: epath.Path
+    base: epath.Path  # the directory of stage 1, if there was one
+    experiment: dict[str, Any]  # config with dotted keys
+    sha256: dict[str, str]
+    rounds: int
+    pools: dict[str, Any]  # of summary.json: pool -> point -> statistics
+    metric: str  # the headline
+    points: tuple[str, ...]  # in which clients are personalized, the headline first
+
+    def statistics(self, pool: str, point: str) -> dict[str, Any]:
+        """Statistics of the headline metric, with the unweighted mean over groups beside the mean over clients."""
+        found = self.pools[pool][point][self.metric]
+        return found | {"over_groups": float(np.mean(list(found["groups"].values())))}
+
+    def before(self) -> tuple[str, ...]:
+        """Points before personalization. Without rounds the global model is the base, and some methods have none."""
+        has_global = self.rounds and "global" in next(iter(self.pools.values()))
+        return ("base", "global") if has_global else ("base",)
+
+
+def read(workdir: epath.PathLike) -> Run:
+    """The run of a directory.
+
+    Raises:
+      ValueError: the directory holds no finished run, or one that personalized nobody.
+    """
+    workdir = epath.Path(workdir)
+    for name in ("manifest.json", "clients.parquet", "summary.json"):
+        if not (workdir / name).exists():
+            raise ValueError(f"workdir {workdir} has no finished run: {name} is missing")
+    manifest, summary = (metrics.read_json(workdir / name) for name in ("manifest.json", "summary.json"))
+    first = next(iter(summary["pools"].values()), {})
+    points = tuple(point for point in first if point not in ("base", "global"))
+    if not points:
+        raise ValueError(
+            f"workdir {workdir} has no personalized clients: summary.json has no point but base and global"
+        )
+    metric = evaluate.headline(first[points[0]])
+    experiment = traverse_util.flatten_dict(manifest["experiment"], sep=".")
+    base = epath.Path(manifest.get("run", {}).get("base_workdir") or workdir / "base")
+    return Run(workdir, base, experiment, manifest["sha256"], summary["rounds"], summary["pools"], metric, points)
+
+
+def split(point: str) -> tuple[str, int | None]:
+    """(method, budget) of a point's name: `lora r4` is `lora` at 4 ranks a site; other names have no budget."""
+    found = re.fullmatch(r"(.+) r(\d+)", point)
+    return (found[1], int(found[2])) if found else (point, None)
+
+
+def side_by_side(points: Sequence[str], most: int) -> list[Sequence[str]]:
+    """Points that share a table: all of them if they fit, else those of each budget."""
+    if len(points) <= most:
+        return [points]
+    parts: dict[int | None, list[str]] = {}
+    for point in points:
+        parts.setdefault(split(point)[1], []).append(point)
+    return [part[start : start + most] for part in parts.values() for start in range(0, len(part), most)]
