@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fedjax_peft.data.partition import Partition, Splits
+from fedjax_peft.data.dealing import Partition, Splits
 
 _VERSION = 2  # of the partitioners' rules; raise it when one changes, so that old files are not found
 

@@ -92,11 +92,7 @@ def table(
     if test is None:
         tables = _held_out(tables["train"], test_fraction, seed, "language" if configs else None)
     group = group or ("language" if configs else None)
-    settings = dict(partition)
-    name = settings.pop("name", None)
-    partitioner = getattr(partitions, str(name), None)
-    if name is None or name.startswith("_") or not callable(partitioner):
-        raise ValueError(f"data.partition.name is {name!r}, which is no function of data/partition.py")
+    partitioner, settings = partitions.named(partition)
     columns = {key for key in (label, settings.get("column")) if key is not None}
     reads = {split: {key: rows[key] for key in columns if key in rows} for split, rows in tables.items()}
     clients = partition_cache.cached(pathlib.Path(cache).expanduser(), partitioner, reads, **settings)

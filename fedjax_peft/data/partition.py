@@ -9,18 +9,18 @@ Arguments that they share: `clients` is the number of clients and `label` the co
 the other splits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-Splits = dict[str, dict[str, np.ndarray]]
-Partition = dict[str, list[np.ndarray]]
+from fedjax_peft.data import dealing
+from fedjax_peft.data.dealing import Partition, Splits
 
 
 def iid(splits: Splits, *, clients: int, seed: int) -> Partition:
     """One shuffle, then equal parts."""
-    return _deal(splits, np.full(_at_least_one(clients), 1 / clients), seed)
+    return dealing.by_shares(splits, np.full(dealing.at_least_one(clients), 1 / clients), seed)
 
 
 def quantity_skew(splits: Splits, *, clients: int, seed: int, law: str = "lognormal", sigma: float = 1.0) -> Partition:
@@ -30,7 +30,7 @@ def quantity_skew(splits: Splits, *, clients: int, seed: int, law: str = "lognor
       law: of the sizes: 'linear' (1, 2, .. C), 'exponential' (e^(sigma c / C)) or 'lognormal' (deviation sigma).
       sigma: strength of the skew; not used by 'linear'.
     """
-    position = np.arange(1, _at_least_one(clients) + 1)
+    position = np.arange(1, dealing.at_least_one(clients) + 1)
     laws = {
         "linear": lambda: position.astype(float),
         "exponential": lambda: np.exp(sigma * position / clients),
@@ -39,7 +39,7 @@ def quantity_skew(splits: Splits, *, clients: int, seed: int, law: str = "lognor
     if law not in laws:
         raise ValueError(f"quantity_skew knows the laws {', '.join(laws)}, not {law!r}")
     weights = laws[law]()
-    return _deal(splits, weights / weights.sum(), seed)
+    return dealing.by_shares(splits, weights / weights.sum(), seed)
 
 
 def dirichlet(
@@ -64,9 +64,10 @@ def dirichlet(
     Raises:
       ValueError: `min_size` was not reached.
     """
-    labels = _column(splits, label)
+    labels = dealing.column_of(splits, label)
     train, total = next(iter(labels)), len(next(iter(labels.values())))
-    failed = f"{alpha=} gave no partition of {total} rows with {min_size=} for each of {_at_least_one(clients)} clients"
+    dealing.at_least_one(clients)
+    failed = f"{alpha=} gave no partition of {total} rows with {min_size=} for each of {clients} clients"
     if clients * min_size > total:
         raise ValueError(f"{failed}: there are too few rows")
     classes = np.unique(np.concatenate(list(labels.values())))
@@ -77,11 +78,11 @@ def dirichlet(
             # Zeroing the shares of full clients and normalising the rest is a Dirichlet draw over the rest.
             takes = held < total / clients if balanced and (held < total / clients).any() else np.ones(clients, bool)
             shares = np.zeros(clients)
-            shares[takes] = rng.dirichlet(np.full(takes.sum(), _positive("alpha", alpha)))
+            shares[takes] = rng.dirichlet(np.full(takes.sum(), dealing.positive("alpha", alpha)))
             cuts.append(np.cumsum(shares)[:-1])
-            held += np.diff(_cut(cuts[-1], (labels[train] == c).sum()))
+            held += np.diff(dealing.bounds(cuts[-1], (labels[train] == c).sum()))
         if held.min() >= min_size:
-            return _by_class(labels, classes, cuts, seed)
+            return dealing.by_class(labels, classes, cuts, seed)
     raise ValueError(f"{failed} in {redraws} draws: raise alpha or lower min_size")
 
 
@@ -94,7 +95,7 @@ def pathological(splits: Splits, *, clients: int, seed: int, k: int, label: str 
     Raises:
       ValueError: more classes than there are, or a class that no client would have.
     """
-    labels = _column(splits, label)
+    labels = dealing.column_of(splits, label)
     classes = np.unique(np.concatenate(list(labels.values())))
     if not 1 <= k <= len(classes) or clients * k < len(classes):
         raise ValueError(f"{clients} clients of {k=} classes each cannot share {len(classes)} classes")
@@ -104,24 +105,24 @@ def pathological(splits: Splits, *, clients: int, seed: int, k: int, label: str 
     for turn, client in enumerate(turns):
         has[order[(turn * k + np.arange(k)) % len(classes)], client] = 1
     cuts = np.cumsum(has / has.sum(1, keepdims=True), 1)[:, :-1]
-    return _by_class(labels, classes, list(cuts), seed)
+    return dealing.by_class(labels, classes, list(cuts), seed)
 
 
 def shard(splits: Splits, *, clients: int, seed: int, shards: int = 2, label: str = "label") -> Partition:
     """Rows sorted by class are cut into equal shards, `shards` a client (McMahan et al., 2017, arXiv 1602.05629)."""
-    labels = _column(splits, label)
+    labels = dealing.column_of(splits, label)
     train = next(iter(labels.values()))
     classes = np.unique(np.concatenate(list(labels.values())))
     counts = np.array([(train == c).sum() for c in classes])
     # A bound between shards lies at some fraction of a class; the other splits are cut there too.
-    bounds = np.arange(1, _at_least_one(clients) * shards) * len(train) / (clients * shards)
+    bounds = np.arange(1, dealing.at_least_one(clients) * shards) * len(train) / (clients * shards)
     before = np.cumsum(counts) - counts
     cuts = ((bounds - before[:, None]) / np.maximum(counts, 1)[:, None]).clip(0, 1)
-    parts = _by_class(labels, classes, list(cuts), seed)
+    parts = dealing.by_class(labels, classes, list(cuts), seed)
     dealt = np.random.default_rng(seed).permutation(clients * shards).reshape(clients, shards)
     out = {}
     for i, (split, rows) in enumerate(parts.items()):
-        rng = _rng(seed, i, 1)
+        rng = dealing.generator(seed, i, 1)
         out[split] = [rng.permutation(np.concatenate([rows[j] for j in mine])) for mine in dealt]
     return out
 
@@ -145,8 +146,8 @@ def label_sort(
     if not 0 <= h <= 1:
         raise ValueError(f"label_sort needs h in [0, 1], got {h}")
     out = {}
-    for i, (split, labels) in enumerate(_column(splits, label).items()):
-        rng = _rng(seed, i)
+    for i, (split, labels) in enumerate(dealing.column_of(splits, label).items()):
+        rng = dealing.generator(seed, i)
         even, ordered = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         for c in np.unique(labels):
             rows = rng.permutation(np.flatnonzero(labels == c))
@@ -161,9 +162,10 @@ def label_sort(
 
 def by_column(splits: Splits, *, column: str, seed: int = 0, clients_per_value: int = 1) -> Partition:
     """Clients by the values of a column in ascending order: `clients_per_value` each, IID within a value."""
-    values = _column(splits, column)
+    values = dealing.column_of(splits, column)
     names = np.unique(values[next(iter(values))])
-    return _by_value(values, names, np.full(_at_least_one(clients_per_value), 1 / clients_per_value), seed)
+    shares = np.full(dealing.at_least_one(clients_per_value), 1 / clients_per_value)
+    return dealing.by_value(values, names, shares, seed)
 
 
 def natural_id(
@@ -180,13 +182,13 @@ def natural_id(
     Raises:
       ValueError: fewer ids than `clients`.
     """
-    values = _column(splits, column)
+    values = dealing.column_of(splits, column)
     names, counts = np.unique(values[next(iter(values))], return_counts=True)
     names = names[counts >= min_size]
     wanted = len(names) if clients is None else clients
     if not 1 <= wanted <= len(names):
         raise ValueError(f"column {column!r} has {len(names)} ids with {min_size=} or more rows, not {max(wanted, 1)}")
-    return _by_value(values, names[:wanted], np.ones(1), seed)
+    return dealing.by_value(values, names[:wanted], np.ones(1), seed)
 
 
 def blocks(splits: Splits, *, clients: int, column: str, seed: int = 0) -> Partition:
@@ -202,7 +204,7 @@ def blocks(splits: Splits, *, clients: int, column: str, seed: int = 0) -> Parti
     Raises:
       ValueError: a split has fewer groups than clients.
     """
-    values = _column(splits, column)
+    values = dealing.column_of(splits, column)
     first, out = next(iter(values.values())), {}
     for i, (split, x) in enumerate(values.items()):
         names, counts = np.unique(first if np.isin(x, first).all() else x, return_counts=True)
@@ -214,7 +216,7 @@ def blocks(splits: Splits, *, clients: int, column: str, seed: int = 0) -> Parti
         turn = np.arange(clients - 1)
         bounds = np.minimum(np.maximum.accumulate(nearest - turn) + turn, len(names) - clients + turn + 1)
         owner = np.searchsorted(bounds, np.searchsorted(names, x), side="right")
-        rng = _rng(seed, i)
+        rng = dealing.generator(seed, i)
         out[split] = [rng.permutation(np.flatnonzero(owner == client)) for client in range(clients)]
     return out
 
@@ -229,7 +231,7 @@ def inner_dirichlet(splits: Splits, *, clients: int, seed: int, alpha: float, la
       clients: number of clients; their sizes differ by one at most.
       alpha: concentration over classes.
     """
-    return _inner_dirichlet(_column(splits, label), clients, alpha, mix_seed=seed, row_seed=seed)
+    return dealing.by_mixes(dealing.column_of(splits, label), clients, alpha, mix_seed=seed, row_seed=seed)
 
 
 def by_column_dirichlet(
@@ -268,21 +270,21 @@ def by_column_dirichlet(
     Raises:
       ValueError: a value has too few rows for its pools.
     """
-    values, labels = _column(splits, column), _column(splits, label)
+    values, labels = dealing.column_of(splits, column), dealing.column_of(splits, label)
     out: Partition = {split: [] for split in splits}
     names = np.unique(values[next(iter(values))])
-    for pool in range(_at_least_one(pools)):
+    for pool in range(dealing.at_least_one(pools)):
         for j, name in enumerate(names):
             stream = 0 if parallel else j
             here = {}
             for i, (split, x) in enumerate(values.items()):
-                shuffled = _rng(seed, i, stream).permutation(np.flatnonzero(x == name))
+                shuffled = dealing.generator(seed, i, stream).permutation(np.flatnonzero(x == name))
                 size = (rows_per_pool or {}).get(split, len(shuffled) // pools)
                 if size * pools > len(shuffled):
                     raise ValueError(f"{column} {name} has {len(shuffled)} {split} rows, not {pools} x {size}")
                 here[split] = np.split(shuffled[: size * pools], pools)
             drawn = 0 if reuse_first_pool else pool
-            chosen = _inner_dirichlet(
+            chosen = dealing.by_mixes(
                 {split: labels[split][parts[drawn]] for split, parts in here.items()},
                 clients_per_value,
                 alpha,
@@ -294,93 +296,19 @@ def by_column_dirichlet(
     return out
 
 
-def _inner_dirichlet(
-    labels: dict[str, np.ndarray], clients: int, alpha: float, *, mix_seed: Any, row_seed: Any
-) -> Partition:
-    classes = np.unique(np.concatenate(list(labels.values())))
-    concentration = np.full(len(classes), _positive("alpha", alpha))
-    mixes = np.random.default_rng(mix_seed).dirichlet(concentration, _at_least_one(clients))
-    return {split: _draw_mixes(_rng(row_seed, i), x, classes, mixes) for i, (split, x) in enumerate(labels.items())}
+_BY_LABEL = (dirichlet, inner_dirichlet, pathological, shard, label_sort)
+_BY_COLUMN = (by_column, by_column_dirichlet, natural_id, blocks)
+ALL = {partitioner.__name__: partitioner for partitioner in (iid, quantity_skew, *_BY_LABEL, *_BY_COLUMN)}
 
 
-def _draw_mixes(
-    rng: np.random.Generator, labels: np.ndarray, classes: np.ndarray, mixes: np.ndarray
-) -> list[np.ndarray]:
-    """Rows of each client: equal sizes, classes by `mixes` [C, K] as far as they last."""
-    stacks = [rng.permutation(np.flatnonzero(labels == c)) for c in classes]
-    left = np.array([len(stack) for stack in stacks])
-    sizes = len(labels) // len(mixes) + (np.arange(len(mixes)) < len(labels) % len(mixes))
-    out = []
-    for mix, size in zip(mixes, sizes, strict=True):
-        taken = np.zeros_like(left)
-        while taken.sum() < size:
-            # The small constant lets a client whose own classes are used up take others.
-            chance = np.where(left > taken, mix + 1e-5, 0.0)
-            taken += rng.multinomial(size - taken.sum(), chance / chance.sum())
-            taken = np.minimum(taken, left)
-        rows = [stack[n - t : n] for stack, n, t in zip(stacks, left, taken, strict=True)]
-        out.append(rng.permutation(np.concatenate(rows)))
-        left = left - taken
-    return out
+def named(partition: Mapping[str, Any]) -> tuple[Callable[..., Partition], dict[str, Any]]:
+    """The partitioner of that `name`, and its settings.
 
-
-def _deal(splits: Splits, shares: np.ndarray, seed: int) -> Partition:
-    cuts = np.cumsum(shares)[:-1]
-    return {
-        split: _parts(_rng(seed, i), np.arange(len(next(iter(columns.values())))), cuts)
-        for i, (split, columns) in enumerate(splits.items())
-    }
-
-
-def _by_value(values: dict[str, np.ndarray], names: np.ndarray, shares: np.ndarray, seed: int) -> Partition:
-    cuts = np.cumsum(shares)[:-1]
-    return {
-        split: [
-            rows for j, name in enumerate(names) for rows in _parts(_rng(seed, i, j), np.flatnonzero(x == name), cuts)
-        ]
-        for i, (split, x) in enumerate(values.items())
-    }
-
-
-def _by_class(labels: dict[str, np.ndarray], classes: np.ndarray, cuts: list[np.ndarray], seed: int) -> Partition:
-    """Cuts the rows of class c at the same fractions `cuts[c]` in every split."""
-    out = {}
-    for i, (split, x) in enumerate(labels.items()):
-        rng = _rng(seed, i)
-        parts = [_parts(rng, np.flatnonzero(x == c), cut) for c, cut in zip(classes, cuts, strict=True)]
-        out[split] = [rng.permutation(np.concatenate(rows)) for rows in zip(*parts, strict=True)]
-    return out
-
-
-def _parts(rng: np.random.Generator, rows: np.ndarray, cuts: np.ndarray) -> list[np.ndarray]:
-    return np.split(rng.permutation(rows), _cut(cuts, len(rows))[1:-1])
-
-
-def _cut(cuts: np.ndarray, size: int) -> np.ndarray:
-    """Bounds of the parts of `size` rows that are cut at the given fractions."""
-    # 1/3 of 3 rows is 1 row, also where the fraction was rounded down a little.
-    return np.concatenate([[0], np.floor(cuts * size + 1e-9).astype(np.int64).clip(0, size), [size]])
-
-
-def _rng(seed: Any, *stream: int) -> np.random.Generator:
-    """Numbers for one split, so that its rows do not depend on other splits; 1 parts them from shared draws."""
-    return np.random.default_rng([*np.atleast_1d(seed), 1, *stream])
-
-
-def _column(splits: Splits, column: str) -> dict[str, np.ndarray]:
-    for split, columns in splits.items():
-        if column not in columns:
-            raise ValueError(f"split {split!r} has no column {column!r}, only {', '.join(columns)}")
-    return {split: np.asarray(columns[column]) for split, columns in splits.items()}
-
-
-def _at_least_one(count: int) -> int:
-    if count < 1:
-        raise ValueError(f"a partition needs 1 client or more, got {count}")
-    return count
-
-
-def _positive(name: str, value: float) -> float:
-    if not value > 0:
-        raise ValueError(f"{name} must be positive, got {value}")
-    return value
+    Raises:
+      ValueError: there is none of that name.
+    """
+    settings = dict(partition)
+    name = settings.pop("name", None)
+    if name not in ALL:
+        raise ValueError(f"data.partition.name is {name!r}, which is no function of data/partition.py")
+    return ALL[name], settings

@@ -80,11 +80,7 @@ def from_columns(
     tables = {name: read(source, split, configs) for name, split in splits.items()}
     for column, values in (keep or {}).items():
         tables = {name: having(table, column, values) for name, table in tables.items()}
-    settings = dict(partition)
-    name = settings.pop("name", None)
-    partitioner = getattr(partitions, str(name), None)
-    if name is None or name.startswith("_") or not callable(partitioner):
-        raise ValueError(f"data.partition.name is {name!r}, which is no function of data/partition.py")
+    partitioner, settings = partitions.named(partition)
     clients = partitioner(tables, **settings)
     groups = federated.groups(tables["train"], group, clients["train"])
     form = instructions.template(template, tokenizer)
