@@ -8,7 +8,7 @@ import optax
 import pytest
 import toy
 
-from fedjax_peft import adapters, local, ranks, tasks, trees
+from fedjax_peft import adapters, implicit, local, ranks, tasks, trees
 from fedjax_peft.algorithms import fedl2p, lora
 from fedjax_peft.types import Batches
 
@@ -226,11 +226,11 @@ def quadratic(params, batch, key):
 def approximate(terms, rate=0.1):
     train, held = slopes([0.0]), slopes([1.0])
     tree = lambda values: dict(zip(("first", "second"), map(jnp.float32, values), strict=True))  # noqa: E731
-    value, p, slope = fedl2p.solve(quadratic, tree(END), train, held, terms, rate)
+    value, p, slope = implicit.solve(quadratic, tree(END), train, held, terms, rate)
     np.testing.assert_allclose(value, 0.5 * np.sum((END - GOAL) ** 2), rtol=1e-6)
     # The rates themselves are what is learnt, through a logarithm, so that the chain rule has something to do.
     meta = tree(np.log(RATES))
-    found = fedl2p.hypergradient(lambda meta: jax.tree.map(jnp.exp, meta), meta, p, slope)
+    found = implicit.hypergradient(lambda meta: jax.tree.map(jnp.exp, meta), meta, p, slope)
     return np.array([found["first"], found["second"]])
 
 
@@ -265,7 +265,7 @@ def test_batches_count_by_their_examples():
     fixed = trees.select(adapters.init(KEY, SHAPES, rank=2, targets="query"), lambda leaf: leaf == "scale")
     loss = local.objective(MODEL, TASK, BASE)
     objective = lambda trained, batch, key: loss(trees.join(trained, fixed), batch, key)  # noqa: E731
-    value, _, slope = fedl2p.solve(objective, start, train, held, 1, 0.1)
+    value, _, slope = implicit.solve(objective, start, train, held, 1, 0.1)
 
     def whole(part):
         one = jax.tree.map(lambda leaf: np.asarray(leaf).reshape(-1, *leaf.shape[2:]), (part.inputs, part.labels))

@@ -11,12 +11,8 @@ examples that it holds back. Its fine-tuning is not differentiated; its end thet
     r_i g_i(theta) = c_i   for all i,     g the gradient of the training loss, c constant,
 
 that is, the longer its steps, the less slope they leave; a fixed diagonal preconditioner, such as AdamW's, cancels.
-Differentiated, with H the Hessian of the training loss and v the gradient of the validation loss at theta,
-
-    dL_val / dr_i = -<p_i, g_i> / r_i,     p = H^-1 v,     p ~ a sum_{k=0..K} (I - a H)^k v
-
-by the Neumann series of Lorraine et al., Optimizing Millions of Hyperparameters by Implicit Differentiation, arXiv
-1911.02590, Alg. 3. Ours: scalars are held at zero or above, and examples are held back by what they say.
+implicit.py differentiates that, by a Neumann series of K + 1 terms and rate a. Ours: scalars are held at zero or above,
+and examples are held back by what they say.
 """
 
 from collections.abc import Callable
@@ -28,11 +24,10 @@ import optax
 from flax import struct
 
 from fedjax_peft import adapters as adapters_lib
-from fedjax_peft import aggregate, local, ranks, taps, trees
+from fedjax_peft import aggregate, implicit, local, ranks, taps, trees
 from fedjax_peft.types import Algorithm, Array, Batches, Model, PyTree, Task
 
 HIDDEN = 100
-SMALLEST = 1e-6  # rate that a hypergradient is divided by
 
 
 @struct.dataclass
@@ -107,7 +102,7 @@ def fedl2p(
       network_rate, rates_rate: of the Adams of network and scalars, which start afresh each round.
       meta_clip: largest global norm of a hypergradient.
       outer_steps: hypergradient steps of a round, each after a fine-tuning of its own.
-      neumann_terms, neumann_rate: K and a above.
+      neumann_terms, neumann_rate: K and a of the series.
       validation: share of a client's examples to hold back in rounds.
       test_fraction: share of its examples that a client personalizes on; 0.8 in the published code.
       taps_size: I; None is `taps.size(model)`.
@@ -155,8 +150,8 @@ def fedl2p(
             rates = generated(meta, x, adapters)
             own = jax.random.fold_in(key, index)
             end, metrics = adapt(objective, start, rates, settings, train, own, wait(train, batches))
-            value, p, slope = solve(objective, end, train, held, neumann_terms, neumann_rate)
-            gradient = hypergradient(lambda meta: generated(meta, x, adapters), meta, p, slope)
+            value, p, slope = implicit.solve(objective, end, train, held, neumann_terms, neumann_rate)
+            gradient = implicit.hypergradient(lambda meta: generated(meta, x, adapters), meta, p, slope)
             updates, moments = adam.update(clipping.update(gradient, ())[0], moments)
             updates = Meta(trees.scale(updates.network, -network_rate), updates.rates * -rates_rate)
             said = metrics | {"validation_loss": value, "mean_rate": jnp.mean(generate(meta, x))}
@@ -297,39 +292,6 @@ def waiting(batches: Batches, whole: Batches) -> Array:
     return jnp.zeros(steps, bool).at[place].set(~jnp.any(before, axis=1), mode="drop")
 
 
-def solve(
-    objective: local.Loss, end: PyTree, train: Batches, held: Batches, terms: int, rate: float
-) -> tuple[Array, PyTree, PyTree]:
-    """(validation loss, p, slope g of the training loss) at the end of a fine-tuning, over all examples, no dropout."""
-
-    def slope(params, batch):
-        return jax.grad(objective, has_aux=True)(params, batch, None)[0]
-
-    def curvature(vector):
-        return _average(lambda batch: jax.jvp(lambda params: slope(params, batch), (end,), (vector,))[1], end, train)
-
-    def term(carry, _):
-        total, last = carry
-        last = trees.subtract(last, trees.scale(curvature(last), rate))
-        return (trees.add(total, last), last), None
-
-    value = _average(lambda batch: objective(end, batch, None)[0], jnp.float32(0), held)
-    v = _average(lambda batch: slope(end, batch), end, held)
-    (total, _), _ = jax.lax.scan(term, (v, v), None, length=terms)
-    return value, trees.scale(total, rate), _average(lambda batch: slope(end, batch), end, train)
-
-
-def hypergradient(rates: Callable[[PyTree], PyTree], meta: PyTree, p: PyTree, slope: PyTree) -> PyTree:
-    """-sum_i <p_i, g_i> / r_i dr_i / dmeta, for `rates` (meta) -> r in the tree of p and of the slope g."""
-    here = rates(meta)
-
-    def product(meta):
-        shares = jax.tree.map(lambda rate, now: rate / jnp.maximum(now, SMALLEST), rates(meta), here)
-        return optax.tree.vdot(p, jax.tree.map(jnp.multiply, shares, slope))
-
-    return trees.scale(jax.grad(product)(meta), -1.0)
-
-
 def make_adamw(**settings) -> AdamW:
     """`AdamW`, checked; a name that is none of its fields is a TypeError."""
     unknown = next((name for name in settings if name not in AdamW._fields), None)
@@ -348,19 +310,6 @@ def _objective(model: Model, task: Task, base: PyTree, adapters: PyTree) -> tupl
     fixed = trees.select(adapters, lambda leaf: leaf == "scale")
     start = trees.select(adapters, lambda leaf: leaf != "scale")
     return lambda trained, batch, key: loss(trees.join(trained, fixed), batch, key), start
-
-
-def _average(function: Callable[[Batches], PyTree], like: PyTree, batches: Batches) -> PyTree:
-    """The mean over all examples of a function that is a mean over the examples of a batch."""
-
-    def step(carry, batch, key):
-        total, weight = carry
-        here = jnp.sum(batch.weights)
-        return (trees.add(total, trees.scale(function(batch), here)), weight + here), {}
-
-    key = jax.random.key(0)  # not used
-    (total, weight), _ = local.scan(step, (trees.zeros_like(like), jnp.float32(0)), batches, key)
-    return trees.scale(total, 1.0 / jnp.maximum(weight, 1.0))
 
 
 def _mixed(numbers: Array) -> Array:
