@@ -1,6 +1,8 @@
 """The rounds of a run, one after the other: sample, train, record, evaluate, checkpoint, and go on after a kill."""
 
 import concurrent.futures
+import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +18,7 @@ from fedjax_peft import (
     checkpoint,
     chunking,
     console,
-    evaluate,
+    judging,
     metrics,
     population,
     processes,
@@ -77,6 +79,23 @@ class Interrupted(Exception):
     """The process was asked to stop; everything is checkpointed."""
 
 
+class _Going(NamedTuple):
+    """A run that is under way: what its rounds have in common."""
+
+    problem: Problem
+    clients: Clients
+    people: population.Population
+    workdir: epath.Path
+    checkpoints: Any  # of `checkpoint.manager`
+    judge: Callable[..., None]  # of `judging.make_judge`
+    root: Array  # key of everything random that happens on the device
+    total: int  # rounds
+    chunk: int
+    traffic: tuple[int, int]  # bytes that one client receives and sends in a round
+    begin: Callable[[str], None]
+    stop: Any  # of `processes.stop_signals`
+
+
 class _Inputs(NamedTuple):
     """What a round begins with, made before it while the device is busy."""
 
@@ -124,9 +143,8 @@ def run(
       ValueError: all clients of a round came to numbers that are not finite.
       Interrupted: after SIGTERM or SIGINT.
     """
-    workdir = epath.Path(workdir)
-    mesh, algorithm, base = problem.mesh, problem.algorithm, problem.base
-    root = jax.random.key(seed)
+    workdir, root = epath.Path(workdir), jax.random.key(seed)
+    mesh, algorithm = problem.mesh, problem.algorithm
     begin("the checkpoint to go on from")
     server, people = _begin(algorithm, mesh, root, len(clients.names), population_folder)
     traffic = tuple(4 * parameters for parameters in algorithm.traffic(server))
@@ -137,81 +155,103 @@ def run(
     metrics.rewind(workdir / "rounds.jsonl", start)
     begin("the choice of a chunk")
     chunk = chunk or _fastest_chunk(problem, clients, workdir, server, people, root)
-    step = rounds.make_round(algorithm, mesh, chunk)
-    judge, now = _make_judge(problem, clients, chunk, workdir, root), {"global": Point(algorithm, clients.nothing)}
-    slots = rounds.slots_for(len(clients.sample(0)), mesh, chunk)
+    fresh = functools.partial(_begin, mesh=mesh, root=root, clients=len(clients.names))
+    judge = judging.make_judge(problem, clients, workdir, fresh, chunk=chunk, root=root)
+    now = {"global": Point(algorithm, clients.nothing)}
+    # A method that trains no model of its own has nothing to show beside the base of round 0 and its points.
+    shows = evaluate_every and evaluate_end and (algorithm.shared or total == 0)
+    ends = (now if shows else {}) | dict(points)
+    with processes.stop_signals() as stop:
+        going = _Going(problem, clients, people, workdir, checkpoints, judge, root, total, chunk, traffic, begin, stop)
+        server = _play(going, server, start, now, evaluate_every, checkpoint_every)
+        _end(going, server, ends)
+    begin("the summary")
+    return _summarize(workdir, list(ends))
 
+
+def _play(
+    going: _Going,
+    server: PyTree,
+    start: int,
+    now: Mapping[str, Point],
+    evaluate_every: int | None,
+    checkpoint_every: int,
+) -> PyTree:
+    """Plays the rounds from `start` on, with evaluations of `now` before some of them: the last server."""
+    (mesh, algorithm, *_), clients, people, total = going.problem, going.clients, going.people, going.total
+    step = rounds.make_round(algorithm, mesh, going.chunk)
+    slots = rounds.slots_for(len(clients.sample(0)), mesh, going.chunk)
     pending, finished, asked = None, time.monotonic(), False
-    with (
-        processes.stop_signals() as stop,
-        console.progress(total, start) as show,
-        concurrent.futures.ThreadPoolExecutor(1, "prefetch") as aside,
-    ):
+    with console.progress(total, start) as show, concurrent.futures.ThreadPoolExecutor(1, "prefetch") as aside:
 
-        def record(pending):
+        def record(following=None):
             # One round late, so that the device is never idle while the host writes.
-            nonlocal finished, asked
+            nonlocal pending, finished, asked
             if pending is not None:
                 line = records.line(pending, clients, finished)
                 finished = time.monotonic()
-                metrics.append_line(workdir / "rounds.jsonl", line)
+                metrics.append_line(going.workdir / "rounds.jsonl", line)
                 show(line)
                 asked |= bool(np.asarray(pending.told)[:, 2].any())
+            pending = following
+
+        @contextlib.contextmanager
+        def between_rounds(stage):
+            nonlocal finished
+            record()
+            going.begin(stage)
+            yield
+            finished = time.monotonic()
 
         def prepare(index):
-            return _prepare(clients, people, mesh, index, slots, chunk)
+            return aside.submit(_prepare, clients, people, mesh, index, slots, going.chunk) if index < total else None
 
-        ahead, before = aside.submit(prepare, start) if start < total else None, np.zeros(0, np.int32)
+        ahead, before = prepare(start), np.zeros(0, np.int32)
         for index in range(start, total):
             if evaluate_every and index % evaluate_every == 0 and (index == 0 or algorithm.shared):
-                record(pending)
-                pending = None
-                begin(f"the evaluation before round {index}")
-                judge(server, people, index, now)
-                finished = time.monotonic()
-            begin(f"round {index}")
+                with between_rounds(f"the evaluation before round {index}"):
+                    going.judge(server, people, index, now)
+            going.begin(f"round {index}")
             inputs = ahead.result()
             arguments = _arguments(inputs, people, mesh, before)
-            server, states, cohort, outcome = step(base, server, *arguments, index, root)
-            told = processes.tell(np.array([*inputs.tokens, bool(stop)]))
-            ahead = aside.submit(prepare, index + 1) if index + 1 < total else None
+            server, states, cohort, outcome = step(going.problem.base, server, *arguments, index, going.root)
+            told = processes.tell(np.array([*inputs.tokens, bool(going.stop)]))
+            ahead, before = prepare(index + 1), inputs.ids
             if algorithm.host_step is not None:
                 server = rounds.replicate(algorithm.host_step(server), mesh)
-            record(pending)
-            pending = records.Pending(index, traffic, cohort, outcome, told)
-            before = inputs.ids
+            record(records.Pending(index, going.traffic, cohort, outcome, told))
             if jax.tree.leaves(states):
                 own = jax.device_get(rounds.local(states, mesh))
                 population.scatter(people, inputs.ids, own, np.asarray(cohort.reported))
             # Of several processes one alone may have been asked, which the others learn with its round.
-            asked |= jax.process_count() == 1 and bool(stop)
+            asked |= jax.process_count() == 1 and bool(going.stop)
             if (index + 1) % checkpoint_every == 0 or index + 1 == total or asked:
-                record(pending)
-                pending = None
-                begin(f"the checkpoint after round {index}")
-                save(checkpoints, workdir, index + 1, server, people)
-                finished = time.monotonic()
+                with between_rounds(f"the checkpoint after round {index}"):
+                    save(going.checkpoints, going.workdir, index + 1, server, people)
             if asked and index + 1 < total:
-                said = f"stopped by {processes.named(stop)} after round {index + 1} of {total}"
+                said = f"stopped by {processes.named(going.stop)} after round {index + 1} of {total}"
                 raise Interrupted(f"{said}; the same command goes on from here")
+    return server
 
-        rows = metrics.read_rows(workdir / "clients.parquet") if processes.first() else []
-        done = processes.gather({row["point"] for row in rows if row["round"] == total})[0]
-        # A method that trains no model of its own has nothing to show beside the base of round 0 and its points.
-        shows = evaluate_every and evaluate_end and (algorithm.shared or total == 0)
-        ends = (now if shows else {}) | dict(points)
-        for name, point in ends.items():
-            begin(f"the evaluation of {name}")
-            if name not in done:
-                judge(server, people, total, {name: point})
-            if any(processes.gather(bool(stop))):
-                said = processes.named(stop)
-                raise Interrupted(f"stopped by {said} after the evaluation of {name}; the same command goes on")
-    begin("the summary")
+
+def _end(going: _Going, server: PyTree, points: Mapping[str, Point]) -> None:
+    """Evaluates those points after the last round that a killed run has not finished."""
+    rows = metrics.read_rows(going.workdir / "clients.parquet") if processes.first() else []
+    done = processes.gather({row["point"] for row in rows if row["round"] == going.total})[0]
+    for name, point in points.items():
+        going.begin(f"the evaluation of {name}")
+        if name not in done:
+            going.judge(server, going.people, going.total, {name: point})
+        if any(processes.gather(bool(going.stop))):
+            said = processes.named(going.stop)
+            raise Interrupted(f"stopped by {said} after the evaluation of {name}; the same command goes on")
+
+
+def _summarize(workdir: epath.Path, points: list[str]) -> dict[str, Any]:
     summary = None
     if processes.first():
         tables = [metrics.read_rows(workdir / f"{table}.parquet") for table in ("clients", "pooled")]
-        summary = records.summary(*tables, list(ends))
+        summary = records.summary(*tables, points)
         metrics.write_json(workdir / "summary.json", summary)
     return processes.gather(summary)[0]
 
@@ -300,47 +340,3 @@ def _fastest_chunk(problem, clients, workdir, server, people, root) -> int:
         return rounds.make_round(algorithm, mesh, chunk), arguments
 
     return chunking.choose(workdir, chunking.candidates(-(-drawn // mesh.shape["clients"])), prepare)
-
-
-def _make_judge(problem, clients, chunk, workdir, root):
-    """(server, population, round, {name: Point}) -> None: evaluates all pools and writes their rows."""
-    judges, starts = {}, {}
-    averaged = problem.strategy.averaged if problem.strategy else ()
-
-    def make(algorithm):
-        return evaluate.make_evaluate(
-            algorithm,
-            problem.model,
-            problem.task,
-            problem.mesh,
-            chunk=chunk,
-            items=clients.tests,
-            describe=problem.strategy.describe if problem.strategy else lambda adapters: (),
-            answers=problem.answers,
-        )
-
-    def judge(server, people, index, points):
-        for name, (algorithm, support, trained) in points.items():
-            since = time.monotonic()
-            if algorithm not in judges:
-                judges[algorithm] = make(algorithm)
-            if not trained and algorithm not in starts:
-                starts[algorithm] = _begin(algorithm, problem.mesh, root, len(clients.names))
-            own = (server, people) if trained else starts[algorithm]
-            rows, strategies, pooled = [], [], []
-            for pool, ids in clients.pools.items():
-                scores = judges[algorithm](problem.base, *own, ids, support, index, root)
-                rows += records.rows(scores, clients, index, pool, name, averaged)
-                groups = [clients.groups[client] for client in scores.ids]
-                about = {"round": index, "pool": pool, "point": name}
-                pooled += [about | row for row in evaluate.pooled(scores, groups, problem.task)]
-                if problem.strategy and name != "global":
-                    strategies += records.strategies(scores, clients, index, pool, name, problem.strategy.sites)
-            if strategies:
-                metrics.merge_rows(workdir / "strategies.parquet", strategies, index)
-            if pooled:
-                metrics.merge_rows(workdir / "pooled.parquet", pooled, index)
-            metrics.merge_rows(workdir / "clients.parquet", rows, index)
-            logger.info("evaluated %s at round %d in %.0f s", name, index, time.monotonic() - since)
-
-    return judge
