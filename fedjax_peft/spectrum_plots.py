@@ -32,7 +32,7 @@ def over_rounds(rows: Iterable[Mapping[str, Any]], title: str) -> figure.Figure:
         panels[place].plot(index, mean, color=color, marker=marker, markersize=4, linewidth=1.8)
         panels[place].set(title=level, xlabel="round")
         panels[place].set_ylim(bottom=0)
-        panels[place].xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+        panels[place].xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
         panels[place].grid(axis="y", color="0.92")
     panels[0].set_ylabel("numerical rank")
     return picture
@@ -57,7 +57,7 @@ def values(rows: Iterable[Mapping[str, Any]], title: str) -> figure.Figure:
         panel.fill_between(index, low, high, color=color, alpha=0.15, linewidth=0)
     panel.set(xlabel="index", ylabel="relative singular value")
     panel.set_ylim(bottom=0)
-    panel.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    panel.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
     panel.grid(axis="y", color="0.92")
     panel.legend(fontsize=8)
     return picture

@@ -11,7 +11,7 @@ import pytest
 from flax import traverse_util
 
 from fedjax_peft import adapters
-from fedjax_peft.models import gpt2, hf
+from fedjax_peft.models import causal, gpt2, hf
 
 KEY = jax.random.key(0)
 CONFIG = decoder.config("gpt2")
@@ -173,7 +173,8 @@ def test_logits_and_hidden_states_equal_transformers(tmp_path, left):
         expected = theirs(**{name: torch.tensor(np.asarray(leaf, int)) for name, leaf in given.items()}).logits
     assert expected.abs().max() > 1
     np.testing.assert_allclose(real(ours.model.apply(ours.base, {}, inputs), inputs), real(expected, inputs), atol=1e-4)
-    network = gpt2.GPT2(gpt2.settings(ours.config, 0.0, jnp.float32, True, False), 0, "lm")
+    settings = gpt2.settings(ours.config, 0.0, jnp.float32, True, False)
+    network = causal.Network(settings, 0, "lm", gpt2.Decoder, "transformer")
     _, state = network.apply({"params": ours.base}, inputs, capture_intermediates=True, mutable=["intermediates"])
     found = state["intermediates"]["transformer"]["h"]["__call__"][0][0]
     for layer, (a, b) in enumerate(zip(found, states, strict=True)):

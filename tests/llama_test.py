@@ -11,7 +11,7 @@ import pytest
 from flax import traverse_util
 
 from fedjax_peft import adapters
-from fedjax_peft.models import hf, llama
+from fedjax_peft.models import causal, hf, llama
 
 KEY = jax.random.key(0)
 
@@ -318,7 +318,8 @@ def test_logits_and_hidden_states_equal_transformers(tmp_path, kind, left):
     assert expected.abs().max() > 1
     logits = ours.model.apply(ours.base, {}, inputs)
     np.testing.assert_allclose(real(logits, inputs), real(expected, inputs), atol=1e-4)
-    network = llama.Llama(llama.settings(ours.config, 0.0, jnp.float32, True, False), 0, "lm")
+    settings = llama.settings(ours.config, 0.0, jnp.float32, True, False)
+    network = causal.Network(settings, 0, "lm", llama.Decoder, "model")
     _, state = network.apply({"params": ours.base}, inputs, capture_intermediates=True, mutable=["intermediates"])
     found = state["intermediates"]["model"]["layers"]["__call__"][0][0]
     for i, layer in enumerate(found):

@@ -2,10 +2,10 @@
 # The rendered SLURM script on a real SLURM: two tasks on this machine, one of them killed in the middle, queued again.
 #
 #   apt-get install slurm-wlm munge
-#   tests/slurm_by_hand.sh [JOB.toml]       as root, where no other SLURM runs; prints the transcript
+#   tests/slurm_by_hand.sh [FLAG ..]       as root, where no other SLURM runs; prints the transcript
 #
-# Without a job it trains the quickstart's config, two processes with a virtual device each. FIRST_ROUNDS (30 s) is how
-# long the first start may work before a task is killed.
+# It trains the quickstart's config with the flags of `fedjax-peft run` that are given, two processes with a virtual
+# device each. A task is killed once the workdir has a file whose path ends in KILL_AT (checkpoints/1).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -58,20 +58,22 @@ slurmd -D -N "$host" >/dev/null 2>&1 &
 daemons+=("$!")
 until sinfo --noheader --format=%T 2>/dev/null | grep -q idle; do sleep 1; done
 
-job=${1:-$place/job.toml}
-if [[ $# == 0 ]]; then
-  sed -e 's|^name = .*|name = "byhand"|' -e 's|^config = .*|config = "configs/quickstart.py"|' \
-    -e "s|^workdir = .*|workdir = \"$place/run\"|" -e 's|^kind = .*|kind = "cpu"|' -e 's|^hosts = .*|hosts = 1|' \
-    -e 's|^tasks = .*|tasks = 2|' -e 's|^cpus = .*|cpus = 1|' -e 's|^memory = .*|memory = "1500M"|' \
-    -e "s|^logs = .*|logs = \"$place/logs\"|" -e 's|^options = .*|options = []|' \
-    -e 's|^environment = .*|environment = "export JAX_PLATFORMS=cpu"|' launch/job.toml >"$job"
-fi
+job=$place/job.toml
+flags=
+for flag in "$@"; do flags+="\"$flag\", "; done
+sed -e 's|^name = .*|name = "byhand"|' -e 's|^config = .*|config = "configs/quickstart.py"|' \
+  -e "s|^flags = .*|flags = [${flags%, }]|" -e "s|^workdir = .*|workdir = \"$place/run\"|" \
+  -e 's|^kind = .*|kind = "cpu"|' -e 's|^hosts = .*|hosts = 1|' -e 's|^tasks = .*|tasks = 2|' \
+  -e 's|^cpus = .*|cpus = 1|' -e 's|^memory = .*|memory = "1500M"|' -e "s|^logs = .*|logs = \"$place/logs\"|" \
+  -e 's|^options = .*|options = []|' -e 's|^environment = .*|environment = "export JAX_PLATFORMS=cpu"|' \
+  launch/job.toml >"$job"
 number=$(python3 launch/render.py slurm "$job" submit | grep -o '[0-9]*$')
 echo "submitted as job $number"
 
 state() { scontrol show job "$number" | grep -o "$1=[^ ]*" | cut -d= -f2; }
 until [[ $(state JobState) == RUNNING ]]; do sleep 1; done
-sleep "${FIRST_ROUNDS:-30}"
+reached() { [[ -n $(find "$place/run" -path "*/${KILL_AT:-checkpoints/1}" 2>/dev/null) ]]; }
+until reached || [[ $(state JobState) != RUNNING ]]; do sleep 1; done
 victim=$(scontrol listpids "$number" | awk '$4 == 1 {print $1; exit}')
 echo "killing task 1, process $victim"
 kill -KILL "$victim"

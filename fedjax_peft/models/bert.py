@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fedjax_peft.models import layers, tables
+from fedjax_peft.models import layers, network, tables
 from fedjax_peft.types import Array, Model
 
 ROBERTA = ("roberta", "xlm-roberta")
@@ -103,23 +103,10 @@ def bert(
       ValueError: for a config that this encoder cannot follow, or an unknown `pool` or `head`.
     """
     _check(labels, pool, head, dropout)
-    network = Bert(settings(config, dropout, dtype, scan, remat), labels, pool, head)
-
-    def init(key):
-        inputs = {"tokens": jnp.zeros((1, 2), jnp.int32), "mask": jnp.ones((1, 2), bool)}
-        return network.init(key, inputs, mutable=["params"])["params"]
-
-    def apply(base, adapters, inputs, key=None):
-        rngs = {} if key is None else {"dropout": key}
-        return network.apply({"params": base, "adapters": adapters}, inputs, rngs=rngs)
-
-    def taps(base, adapters, inputs, key=None):
-        rngs = {} if key is None else {"dropout": key}
-        variables = {"params": base, "adapters": adapters}
-        outputs, side = network.apply(variables, inputs, rngs=rngs, mutable=["taps"])
-        return outputs, side["taps"]
-
-    return Model(init, apply, taps)
+    s = settings(config, dropout, dtype, scan, remat)
+    # RoBERTa counts positions from behind the padding's.
+    longest = s.positions - (s.padding + 1 if s.roberta else 0)
+    return Model(*network.functions(Bert(s, labels, pool, head), longest))
 
 
 def settings(config: Mapping[str, Any], dropout: float, dtype: Any, scan: bool, remat: bool) -> Settings:
@@ -130,13 +117,7 @@ def settings(config: Mapping[str, Any], dropout: float, dtype: Any, scan: bool, 
     """
     expected = {"model_type": TYPES, "hidden_act": tuple(ACTIVATIONS), "position_embedding_type": ("absolute",)}
     expected |= {"is_decoder": (False,), "add_cross_attention": (False,)}
-    for field, known in expected.items():
-        value = config.get(field)
-        if value is not None and value not in known:
-            raise ValueError(f"config field {field} is {value!r}, expected {' or '.join(map(repr, known))}")
-    for field in _COUNTS:
-        if not isinstance(config.get(field), int) or config[field] < 1:
-            raise ValueError(f"config field {field} is {config.get(field)!r}, expected a positive integer")
+    network.check_config(config, expected, _COUNTS)
     width, heads = config["hidden_size"], config["num_attention_heads"]
     if width % heads:
         raise ValueError(f"config field hidden_size is {width}, expected a multiple of {heads} attention heads")
@@ -198,9 +179,6 @@ class Embeddings(nn.Module):
     @nn.compact
     def __call__(self, inputs: Mapping[str, Array]) -> Array:
         s, tokens = self.settings, inputs["tokens"]
-        limit = s.positions - (s.padding + 1 if s.roberta else 0)
-        if tokens.shape[1] > limit:
-            raise ValueError(f"texts have {tokens.shape[1]} tokens, but the model has positions for {limit}")
         # RoBERTa has one type and no ids for it; texts in pairs arrive with types all the same.
         types = inputs.get("types") if s.types > 1 else None
         if s.roberta:
@@ -229,17 +207,7 @@ class Encoder(nn.Module):
         s = self.settings
         # Large but finite: a padding example has no unmasked token, and its softmax must not be NaN.
         bias = jnp.where(mask, jnp.float32(0), jnp.float32(-1e30))[:, None, None, :]
-        # Inside a loop nothing is merged across the barrier anyway, unrolled layers need it.
-        layer = nn.remat(Layer, prevent_cse=not s.scan) if s.remat else Layer
-        stack = nn.scan(
-            layer,
-            variable_axes={"params": 0, "adapters": 0, "taps": 0, "intermediates": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
-            length=s.layers,
-            unroll=1 if s.scan else s.layers,
-        )
-        return stack(s, name="layer")(x, bias)[0]
+        return network.stack(Layer, s, in_axes=nn.broadcast)(s, name="layer")(x, bias)[0]
 
 
 class Layer(nn.Module):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from fedjax_peft.models import layers
+from fedjax_peft.models import layers, network
 from fedjax_peft.types import Array, Model, PyTree
 
 HEADS = ("lm", "classification")
@@ -86,18 +86,36 @@ def attend(module: nn.Module, rate: float, query: Array, key: Array, value: Arra
     return result.reshape(batch, heads, groups, tokens, size).transpose(0, 3, 1, 2, 4).reshape(batch, tokens, -1)
 
 
+class Network(nn.Module):
+    """Token ids to the output of one head; with a cache to (logits, longer cache)."""
+
+    settings: Any
+    labels: int
+    head: str
+    decoder: type[nn.Module]
+    trunk: str
+    """The decoder's name."""
+
+    @nn.compact
+    def __call__(self, inputs: Mapping[str, Array], cache: Cache | None = None) -> PyTree:
+        s = self.settings
+        decoder = self.decoder(s, name=self.trunk)
+        x, fresh = decoder(inputs, cache)
+        if self.head == "classification":
+            x = last(x, inputs["mask"]).astype(jnp.float32)
+            return layers.Dense(self.labels, stddev=s.stddev, biased=False, name="score")(x)
+        x = chosen(x, inputs)
+        if s.tied:
+            logits = decoder.attend(x)
+        else:
+            head = layers.Dense(s.vocabulary, s.dtype, s.dtype, s.stddev, False, jnp.float32, name="lm_head")
+            logits = head(x)
+        return logits if cache is None else (logits, extended(cache, fresh, inputs["mask"]))
+
+
 def stack(layer: type[nn.Module], settings: Any) -> nn.Module:
     """All layers as one module: (x [B, T, D], past of each layer or None, view) -> (x, keys and values of each)."""
-    # Inside a loop nothing is merged across the barrier anyway, unrolled layers need it.
-    layer = nn.remat(layer, prevent_cse=not settings.scan) if settings.remat else layer
-    return nn.scan(
-        layer,
-        variable_axes={"params": 0, "adapters": 0, "taps": 0, "intermediates": 0},
-        split_rngs={"params": True, "dropout": True},
-        in_axes=(0, nn.broadcast),
-        length=settings.layers,
-        unroll=1 if settings.scan else settings.layers,
-    )(settings)
+    return network.stack(layer, settings, in_axes=(0, nn.broadcast))(settings)
 
 
 def extended(cache: Cache, fresh: tuple[Array, Array], mask: Array) -> Cache:
@@ -130,60 +148,28 @@ def check(labels: int, pool: str, head: str, dropout: float) -> None:
     layers.check_head(head, HEADS, labels, dropout)
 
 
-def check_config(config: Mapping[str, Any], expected: Mapping[str, tuple], counts: tuple[str, ...]) -> None:
-    """Raises ValueError for the first field that is present and not as expected, or is no positive integer."""
-    for field, known in expected.items():
-        value = config.get(field)
-        if value is not None and value not in known:
-            raise ValueError(f"config field {field} is {value!r}, expected {' or '.join(map(repr, known))}")
-    for field in counts:
-        if not isinstance(config.get(field), int) or config[field] < 1:
-            raise ValueError(f"config field {field} is {config.get(field)!r}, expected a positive integer")
-
-
-def model(network: nn.Module, cache: tuple[int, int, int], positions: int, head: str) -> Model:
-    """The functions of a network that maps (inputs, cache) to logits, or with a cache to (logits, cache).
+def model(whole: Network, cache: tuple[int, int, int]) -> Model:
+    """The functions of a network; a classifier has none of decoding.
 
     Args:
-      network: a linen module with `settings`.
+      whole: the network.
       cache: L, heads of keys, D.
-      positions: most tokens of a text.
-      head: a classifier has no functions of decoding.
     """
-
-    def init(key):
-        inputs = {"tokens": jnp.zeros((1, 2), jnp.int32), "mask": jnp.ones((1, 2), bool)}
-        return network.init(key, inputs, mutable=["params"])["params"]
-
-    def apply(base, adapters, inputs, key=None):
-        _check_length(inputs["tokens"].shape[1], positions)
-        rngs = {} if key is None else {"dropout": key}
-        return network.apply({"params": base, "adapters": adapters}, inputs, rngs=rngs)
-
-    def taps(base, adapters, inputs, key=None):
-        _check_length(inputs["tokens"].shape[1], positions)
-        rngs = {} if key is None else {"dropout": key}
-        variables = {"params": base, "adapters": adapters}
-        outputs, side = network.apply(variables, inputs, rngs=rngs, mutable=["taps"])
-        return outputs, side["taps"]
+    settings = whole.settings
 
     def init_cache(batch, slots):
-        _check_length(slots, positions)
-        layers, heads, size = cache
-        empty = jnp.zeros((layers, batch, heads, slots, size), network.settings.dtype)
+        network.check_length(slots, settings.positions)
+        depth, heads, size = cache
+        empty = jnp.zeros((depth, batch, heads, slots, size), settings.dtype)
         return Cache(empty, empty, jnp.zeros((batch, slots), bool), jnp.int32(0))
 
     def decode(base, adapters, cache: PyTree, inputs):
-        return network.apply({"params": base, "adapters": adapters}, inputs, cache)
+        return whole.apply({"params": base, "adapters": adapters}, inputs, cache)
 
-    return Model(init, apply, taps, *((init_cache, decode) if head == "lm" else ()))
+    decoding = (init_cache, decode) if whole.head == "lm" else ()
+    return Model(*network.functions(whole, settings.positions), *decoding)
 
 
 def _bias(seen: Array) -> Array:
     # Large but finite: a row of padding may see nothing, and its softmax must not be NaN.
     return jnp.where(seen, jnp.float32(0), jnp.float32(-1e30))
-
-
-def _check_length(tokens: int, positions: int) -> None:
-    if tokens > positions:
-        raise ValueError(f"texts have {tokens} tokens, but the model has positions for {positions}")

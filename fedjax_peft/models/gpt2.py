@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fedjax_peft.models import causal, layers, tables
+from fedjax_peft.models import causal, layers, network, tables
 from fedjax_peft.types import Array, Model, PyTree
 
 TYPES = ("gpt2",)
@@ -71,21 +71,16 @@ def gpt2(
 
     Args:
       config: fields of a Hugging Face `config.json` of the `model_type` gpt2.
-      labels: K, the classes of a classifier; not read by other heads.
-      pool: `last`, the state of the last token, is all that a classifier reads.
-      head: `lm` gives logits [B, T, V] of the next token, or [B, P, V] of the tokens at `chosen` [B, P] if the inputs
-        have that; `classification` gives logits [B, K] (`score`). All float32.
+      labels, pool, head, dtype, scan, remat: as in `llama.llama`.
       dropout: probability for embeddings, attention weights and what each part adds, used where `apply` is given a key.
-      dtype: of storage and computation; norms, softmax and the classifier stay float32, logits are summed in float32.
-      scan: run layers in a loop (compile time does not grow with L) or unrolled (faster on CPU). Same parameters.
-      remat: compute each layer again in the backward pass instead of keeping its activations.
 
     Raises:
       ValueError: for a config that this decoder cannot follow, or an unknown `pool` or `head`.
     """
     causal.check(labels, pool, head, dropout)
     s = settings(config, dropout, dtype, scan, remat)
-    return causal.model(GPT2(s, labels, head), (s.layers, s.heads, s.width // s.heads), s.positions, head)
+    cache = (s.layers, s.heads, s.width // s.heads)
+    return causal.model(causal.Network(s, labels, head, Decoder, "transformer"), cache)
 
 
 def settings(config: Mapping[str, Any], dropout: float, dtype: Any, scan: bool, remat: bool) -> Settings:
@@ -98,7 +93,7 @@ def settings(config: Mapping[str, Any], dropout: float, dtype: Any, scan: bool, 
     expected = {"model_type": TYPES, "activation_function": ("gelu_new", "gelu_pytorch_tanh")}
     expected |= {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)}
     expected |= {"add_cross_attention": (False,)}
-    causal.check_config(config, expected, ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions"))
+    network.check_config(config, expected, ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions"))
     width, heads = config["n_embd"], config["n_head"]
     if width % heads:
         raise ValueError(f"config field n_embd is {width}, expected a multiple of {heads} attention heads")
@@ -117,30 +112,6 @@ def settings(config: Mapping[str, Any], dropout: float, dtype: Any, scan: bool, 
         scan=scan,
         remat=remat,
     )
-
-
-class GPT2(nn.Module):
-    """Token ids to the output of one head."""
-
-    settings: Settings
-    labels: int
-    head: str
-
-    @nn.compact
-    def __call__(self, inputs: Mapping[str, Array], cache: causal.Cache | None = None) -> PyTree:
-        s = self.settings
-        decoder = Decoder(s, name="transformer")
-        x, fresh = decoder(inputs, cache)
-        if self.head == "classification":
-            x = causal.last(x, inputs["mask"]).astype(jnp.float32)
-            return layers.Dense(self.labels, stddev=s.stddev, biased=False, name="score")(x)
-        x = causal.chosen(x, inputs)
-        if s.tied:
-            logits = decoder.attend(x)
-        else:
-            head = layers.Dense(s.vocabulary, s.dtype, s.dtype, s.stddev, False, jnp.float32, name="lm_head")
-            logits = head(x)
-        return logits if cache is None else (logits, causal.extended(cache, fresh, inputs["mask"]))
 
 
 class Decoder(nn.Module):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from fedjax_peft.models import causal, layers, tables
+from fedjax_peft.models import causal, layers, network, tables
 from fedjax_peft.types import Array, Model, PyTree
 
 TYPES = ("llama", "qwen2")
@@ -99,7 +99,7 @@ def llama(
     """
     causal.check(labels, pool, head, dropout)
     s = settings(config, dropout, dtype, scan, remat)
-    return causal.model(Llama(s, labels, head), (s.layers, s.shared, s.size), s.positions, head)
+    return causal.model(causal.Network(s, labels, head, Decoder, "model"), (s.layers, s.shared, s.size))
 
 
 def settings(config: Mapping[str, Any], dropout: float, dtype: Any, scan: bool, remat: bool) -> Settings:
@@ -110,7 +110,7 @@ def settings(config: Mapping[str, Any], dropout: float, dtype: Any, scan: bool, 
     """
     expected = {"model_type": TYPES, "hidden_act": ("silu",), "mlp_bias": (False,), "attention_bias": (False,)}
     expected |= {"partial_rotary_factor": (1.0,)}
-    causal.check_config(config, expected, _COUNTS)
+    network.check_config(config, expected, _COUNTS)
     _check_windows(config)
     width, heads = config["hidden_size"], config["num_attention_heads"]
     shared = config.get("num_key_value_heads") or heads
@@ -175,29 +175,6 @@ def frequencies(config: Mapping[str, Any], size: int) -> tuple[float, ...]:
         kept = (turns - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
     kept = np.clip(kept, 0, 1)
     return tuple((plain * (kept + (1 - kept) / rope.get("factor", 1.0))).tolist())
-
-
-class Llama(nn.Module):
-    """Token ids to the output of one head."""
-
-    settings: Settings
-    labels: int
-    head: str
-
-    @nn.compact
-    def __call__(self, inputs: Mapping[str, Array], cache: causal.Cache | None = None) -> PyTree:
-        s = self.settings
-        decoder = Decoder(s, name="model")
-        x, fresh = decoder(inputs, cache)
-        if self.head == "classification":
-            x = causal.last(x, inputs["mask"]).astype(jnp.float32)
-            return layers.Dense(self.labels, stddev=s.stddev, biased=False, name="score")(x)
-        x = causal.chosen(x, inputs)
-        if s.tied:
-            logits = decoder.attend(x)
-        else:
-            logits = _dense(s, s.vocabulary, "lm_head", out_dtype=jnp.float32)(x)
-        return logits if cache is None else (logits, causal.extended(cache, fresh, inputs["mask"]))
 
 
 class Decoder(nn.Module):
