@@ -11,6 +11,7 @@ import logging
 import os
 import pathlib
 import pickle
+import re
 import signal
 import sys
 import threading
@@ -31,9 +32,11 @@ from fedjax_peft.types import Array
 logger = logging.getLogger(__name__)
 
 HUNG = 3
-"""Exit code of a process that waited for others in vain."""
+"""Exit code of a process that waited for others in vain, or lost them."""
 _BEAT = 10.0  # seconds between two signs of life
 _SILENT = 6 * _BEAT
+# What jax says when a process at the other end is gone.
+_LOST = re.compile(r"connection (closed|reset|refused)|broken pipe|socket closed|UNAVAILABLE|heartbeat", re.IGNORECASE)
 
 
 def connect(coordinator: str | None, processes: int | None, process: int | None, *, timeout: int = 300) -> None:
@@ -178,7 +181,9 @@ def together() -> Iterator[None]:
 
 @contextlib.contextmanager
 def watchdog(folder: epath.PathLike, minutes: float) -> Iterator[Callable[[str], None]]:
-    """Ends this process, with the names of those that it waits for, if it stays in one stage for too long.
+    """Ends this process with a sentence if it loses the others, or if it stays in one stage for too long.
+
+    The sentence says at which stage, and for whom it waited.
 
     Args:
       folder: seen by all processes; each leaves a sign of life in it.
@@ -217,6 +222,15 @@ def watchdog(folder: epath.PathLike, minutes: float) -> Iterator[Callable[[str],
     threading.Thread(target=watch, daemon=True, name="watchdog").start()
     try:
         yield begin
+    except jax.errors.JaxRuntimeError as error:
+        if not _LOST.search(str(error)):
+            raise
+        print(
+            f"fedjax-peft: process {jax.process_index()} of {jax.process_count()} lost another one at {now[0][1]}; "
+            f"started again, all of them go on from the last checkpoint: {str(error).splitlines()[0][:200]}",
+            file=sys.stderr,
+        )
+        _end(HUNG)
     finally:
         done.set()
 

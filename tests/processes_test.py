@@ -127,6 +127,22 @@ def test_the_watchdog_names_whom_it_waits_for(other, sentence, tmp_path, monkeyp
     assert "process 1 of 2 has been at round 4 for more than 0.0001 minutes" in said and sentence in said
 
 
+@pytest.mark.parametrize(("message", "code"), [("Connection closed by peer [127.0.0.1]", 3), ("out of memory", 1)])
+def test_a_process_that_is_lost_ends_the_others_with_a_sentence(message, code, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+    def end(number):
+        raise SystemExit(number)
+
+    monkeypatch.setattr(processes, "_end", end)
+    with pytest.raises(SystemExit) as ended, processes.together(), processes.watchdog(tmp_path, 1) as begin:
+        begin("round 7")
+        raise jax.errors.JaxRuntimeError(f"UNKNOWN: Gloo all-reduce failed: {message}")
+    said = capsys.readouterr().err
+    assert ended.value.code == code and ("lost another one at round 7" in said) == (code == processes.HUNG)
+    assert ("Traceback" in said) == (code == 1)
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> pathlib.Path:
     return tiny.write_config(tmp_path_factory.mktemp("experiment"))

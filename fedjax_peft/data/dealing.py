@@ -54,29 +54,6 @@ def by_mixes(labels: dict[str, np.ndarray], clients: int, alpha: float, *, mix_s
     return {split: _drawn(generator(row_seed, i), x, classes, mixes) for i, (split, x) in enumerate(labels.items())}
 
 
-def _drawn(rng: np.random.Generator, labels: np.ndarray, classes: np.ndarray, mixes: np.ndarray) -> list[np.ndarray]:
-    """Rows of each client: equal sizes, classes by `mixes` [C, K] as far as they last."""
-    stacks = [rng.permutation(np.flatnonzero(labels == c)) for c in classes]
-    left = np.array([len(stack) for stack in stacks])
-    sizes = len(labels) // len(mixes) + (np.arange(len(mixes)) < len(labels) % len(mixes))
-    out = []
-    for mix, size in zip(mixes, sizes, strict=True):
-        taken = np.zeros_like(left)
-        while taken.sum() < size:
-            # The small constant lets a client whose own classes are used up take others.
-            chance = np.where(left > taken, mix + 1e-5, 0.0)
-            taken += rng.multinomial(size - taken.sum(), chance / chance.sum())
-            taken = np.minimum(taken, left)
-        rows = [stack[n - t : n] for stack, n, t in zip(stacks, left, taken, strict=True)]
-        out.append(rng.permutation(np.concatenate(rows)))
-        left = left - taken
-    return out
-
-
-def _parts(rng: np.random.Generator, rows: np.ndarray, cuts: np.ndarray) -> list[np.ndarray]:
-    return np.split(rng.permutation(rows), bounds(cuts, len(rows))[1:-1])
-
-
 def bounds(cuts: np.ndarray, size: int) -> np.ndarray:
     """Bounds of the parts of `size` rows that are cut at the given fractions."""
     # 1/3 of 3 rows is 1 row, also where the fraction was rounded down a little.
