@@ -53,7 +53,7 @@ def default_config() -> ConfigDict:
     config.optimizer = ConfigDict({"name": "adamw", "learning_rate": 1e-3, "weight_decay": 0.0})
     config.optimizer.clip = config_dict.placeholder(float)  # global norm of a client's gradient
     config.optimizer.momentum = 0.0  # of sgd
-    config.schedule = ConfigDict({"name": "constant", "warmup": 0, "end": 0.0})  # over rounds
+    config.schedule = ConfigDict({"name": "constant", "warmup": 0, "end": 0.0})  # see local.make_schedule
 
     config.train = ConfigDict({"batch": 8, "group_by_length": True})
     config.train.steps = config_dict.placeholder(int)  # local steps of a round, or

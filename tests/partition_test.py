@@ -304,3 +304,11 @@ def test_cache_knows_data_settings_and_seed(tmp_path):
     cache.cached(tmp_path, dirichlet, splits, **base | {"alpha": 1.0})
     cache.cached(tmp_path, dirichlet, make(seed=1), **base)
     assert len(calls) == 4 and len(list(tmp_path.iterdir())) == 4
+
+
+def test_partitioners_are_known_by_name():
+    rule, settings = partition.named({"name": "iid", "clients": 2})
+    assert rule is partition.iid and settings == {"clients": 2}
+    for name in (None, "named", "Splits", "_BY_LABEL"):
+        with pytest.raises(ValueError, match=f"^data.partition.name is {name!r}, which is no function of data/partition"):
+            partition.named({"name": name})
