@@ -51,12 +51,16 @@ def objective(model: Model, task: Task, base: PyTree) -> Loss:
     """The weighted mean loss over a batch as a function of the adapters: (adapters, batch, key) -> (loss, metrics)."""
 
     def loss(adapters, batch, key):
-        losses = task.loss(model.apply(base, adapters, batch.inputs, key), batch.labels)
-        mean = jnp.sum(jnp.where(batch.weights > 0, losses * batch.weights, 0.0))
-        mean = mean / jnp.maximum(jnp.sum(batch.weights), 1.0)
+        mean = mean_loss(task, model.apply(base, adapters, batch.inputs, key), batch)
         return mean, {"loss": mean}
 
     return loss
+
+
+def mean_loss(task: Task, outputs: PyTree, batch: Batches) -> Array:
+    """The weighted mean over the examples of a batch `[B, ..]`, 0 if there are none; padding may be anything."""
+    losses = jnp.where(batch.weights > 0, task.loss(outputs, batch.labels) * batch.weights, 0.0)
+    return jnp.sum(losses) / jnp.maximum(jnp.sum(batch.weights), 1.0)
 
 
 def train(

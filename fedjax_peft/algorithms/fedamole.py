@@ -287,9 +287,7 @@ def _objective(model, task, base, fixed, layout, factor, mask_padding) -> local.
     def loss(trained, batch, key):
         adapters = trees.join(trained, fixed)
         outputs, taps = model.taps(base, adapters, batch.inputs, key)
-        losses = task.loss(outputs, batch.labels)
-        mean = jnp.sum(jnp.where(batch.weights > 0, losses * batch.weights, 0.0))
-        mean = mean / jnp.maximum(jnp.sum(batch.weights), 1.0)
+        mean = local.mean_loss(task, outputs, batch)
         nodes, uneven = adapters_lib.nodes(adapters), jnp.float32(0)
         for path in layout.paths:
             tap = expert_embeddings.at(taps, path)

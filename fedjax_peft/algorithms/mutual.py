@@ -227,10 +227,14 @@ def objective(
         counted = _counted(all_shared, batch, kl_reduce)
         apart = divergence(all_shared, all_private, counted, kl_reduce)
         apart = apart + divergence(all_private, all_shared, counted, kl_reduce)
-        metrics = {"loss": _mean(task, shared, batch), "private_loss": _mean(task, private, batch), "kl": apart / 2}
+        metrics = {
+            "loss": local.mean_loss(task, shared, batch),
+            "private_loss": local.mean_loss(task, private, batch),
+            "kl": apart / 2,
+        }
         total = metrics["loss"] + metrics["private_loss"] + kl_weight * apart
         if ensemble is not None:
-            metrics["ensemble_loss"] = _mean(task, _mixed(ensemble, private, shared), batch)
+            metrics["ensemble_loss"] = local.mean_loss(task, _mixed(ensemble, private, shared), batch)
             total = total + metrics["ensemble_loss"]
         return total, metrics
 
@@ -273,7 +277,7 @@ def fit_weight(
     adam = optax.adam(rate, eps=1e-6)
 
     def loss(weight, batch):
-        return _mean(task, _mixed(weight, *(model.apply(base, own, batch.inputs) for own in pair)), batch)
+        return local.mean_loss(task, _mixed(weight, *(model.apply(base, own, batch.inputs) for own in pair)), batch)
 
     def step(carry, batch, _):
         weight, state = carry
@@ -307,12 +311,6 @@ def _counted(outputs: Array, batch: Batches, kl_reduce: str) -> Array:
     if kl_reduce == "elements":
         return examples[:, None] * batch.inputs["mask"]
     return examples[:, None] * (batch.labels["targets"][:, : outputs.shape[1]] >= 0)
-
-
-def _mean(task: Task, outputs: PyTree, batch: Batches) -> Array:
-    """The weighted mean loss of a batch, as in `local.objective`."""
-    losses = jnp.where(batch.weights > 0, task.loss(outputs, batch.labels) * batch.weights, 0.0)
-    return jnp.sum(losses) / jnp.maximum(jnp.sum(batch.weights), 1.0)
 
 
 def _mixed(weight: Array, private: PyTree, shared: PyTree) -> PyTree:
