@@ -106,6 +106,7 @@ def _published(config):
 def _reference(config):
     config = _published(config)
     config.algorithm.profile = "reference"
+    config.task.dtype = "bfloat16"
     config.data.partition.reuse_first_pool = True
     config.observe = {"batch": 4, "published": True, "shuffle": False}
     config.points.adalora.algorithm.scale = "published"

@@ -19,6 +19,7 @@ def default_config() -> ConfigDict:
 
     config.data = ConfigDict({"name": "chatterbot"})  # a function of data/federations.py; other keys are its arguments
     config.task = ConfigDict({"mcc": False})  # Matthews' correlation beside the accuracy of classes
+    config.task.dtype = "float32"  # of the loss of classes
     config.task.max_answer = 30  # tokens of an answer that is a span of a text
     config.task.average = "tokens"  # a batch's loss of written answers is the mean over tokens, or over `examples`
     config.task.smoothing = 0.0  # of their labels

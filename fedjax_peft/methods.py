@@ -101,7 +101,7 @@ def task(config: ConfigDict, federation: federations.Federation, judge: Callable
         return tasks.choice(federation.score)
     if federation.task == "causal":
         return tasks.causal(judge=judge, average=config.task.average, smoothing=config.task.smoothing)
-    return tasks.classification(mcc=config.task.mcc)
+    return tasks.classification(mcc=config.task.mcc, dtype=config.task.dtype)
 
 
 def rivals(

@@ -24,6 +24,16 @@ def of_counts(true, predicted, classes):
     return (x * y).sum() / scale if scale else 0.0
 
 
+def test_losses_of_classes_may_be_as_coarse_as_published():
+    logits, labels = jnp.array([[0.1, -1.3, 0.77]]), jnp.array([1])
+    fine, coarse = (tasks.classification(dtype=dtype).loss(logits, labels) for dtype in ("float32", "bfloat16"))
+    exact = np.log(np.exp(np.float64(logits)).sum()) + 1.3
+    assert fine == pytest.approx(exact, rel=1e-6) and coarse.dtype == jnp.float32
+    assert coarse == coarse.astype(jnp.bfloat16) and 1e-4 < abs(float(coarse[0]) - exact) < 2**-6
+    with pytest.raises(ValueError, match="task.dtype is 'int8'"):
+        tasks.classification(dtype="int8")
+
+
 def test_matthews_of_two_classes_by_hand():
     # (6 x 3 - 2 x 1) / sqrt(8 x 4 x 7 x 5)
     assert tasks.matthews(np.array([[6.0, 2.0], [1.0, 3.0]])) == pytest.approx(16 / 1120**0.5, rel=1e-12)
