@@ -14,6 +14,8 @@ from fedjax_peft import adapters, mixture
 from fedjax_peft.algorithms import expert_embeddings
 from fedjax_peft.algorithms.expert_embeddings import Noise
 
+# Outside of what is compiled, where it would stay as a tracer.
+BASE = federation.base()
 MODEL, KEY, SITE, RANK = toy.model(), jax.random.key(5), ("encoder", "layer", "query"), 3
 BATCHES = jax.tree.map(lambda leaf: leaf[0], federation.data(0, [4])).replace(constants={})
 
@@ -33,12 +35,12 @@ NODE = mixed()
 @functools.partial(jax.jit, static_argnames="mask_padding")
 def embedded(batches, mask_padding=True):
     settings = {"mask_padding": mask_padding, "noise": Noise()}
-    return expert_embeddings.embed(MODEL, federation.base(), adapters.nest({SITE: NODE}), batches, KEY, **settings)
+    return expert_embeddings.embed(MODEL, BASE, adapters.nest({SITE: NODE}), batches, KEY, **settings)
 
 
 def test_embeddings_are_products_with_the_mean_input_however_texts_are_batched():
     batches, found = BATCHES, embedded(BATCHES)
-    word = np.asarray(federation.base()["embeddings"]["word"]["embedding"])
+    word = np.asarray(BASE["embeddings"]["word"]["embedding"])
     real = batches.inputs["mask"] & (batches.weights > 0)[..., None]
     mean = word[batches.inputs["tokens"]][real].mean(0)
     node = NODE
@@ -58,6 +60,18 @@ def test_embeddings_are_products_with_the_mean_input_however_texts_are_batched()
     assert_close(embedded(split), found, 1e-5)
     padded = embedded(batches, mask_padding=False)
     assert np.abs(adapters.nodes(padded.client)[SITE] - client).max() > 1e-3
+    # Padding is what fills a batch up to its longest example: one example has none, whatever width it is cut to.
+    assert_close(embedded(split, mask_padding=False), found, 1e-5)
+
+
+def test_padding_that_counts_ends_with_the_longest_example():
+    # The last example of a batch is padding, and it alone is longer than three tokens.
+    shown = BATCHES.inputs["mask"] & (np.arange(6) < np.array([3, 2, 3, 6])[:, None])
+    weights = BATCHES.weights * np.array([1, 1, 1, 0], np.float32)
+    wide = BATCHES.replace(inputs=BATCHES.inputs | {"mask": shown}, weights=weights)
+    assert shown[..., 3:].any()
+    narrow = wide.replace(inputs=jax.tree.map(lambda leaf: leaf[..., :3], wide.inputs), widths=(3,))
+    assert_close(embedded(wide, mask_padding=False), embedded(narrow, mask_padding=False), 1e-6)
 
 
 SAMPLES = jnp.broadcast_to(jnp.arange(1.0, 9.0)[None] / 10, (4000, 8))

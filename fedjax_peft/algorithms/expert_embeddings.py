@@ -84,7 +84,7 @@ def embed(
       adapters: of the client, tuned; sites with mixtures are embedded.
       batches: `[S, B, ..]` of its texts; labels are not read.
       key: of the noise.
-      mask_padding: leave padding tokens out of the means.
+      mask_padding: leave padding tokens out of the means; otherwise those up to the longest example of a batch count.
     """
     nodes = {path: node for path, node in adapters_lib.nodes(adapters).items() if isinstance(node, Mixture)}
 
@@ -114,7 +114,11 @@ def token_weights(node: Mixture, tap: dict[str, Array], batch: Batches, mask_pad
     if tap["probabilities"].ndim == node.held.ndim + 1:
         return examples
     mask = batch.inputs["mask"]
-    return examples[:, None] * (mask if mask_padding else jnp.ones_like(mask))
+    if not mask_padding:
+        # Batches of the published code are as wide as their longest example; what is behind it is padding of ours.
+        longest = jnp.any(mask & (batch.weights > 0)[:, None], axis=0, keepdims=True)
+        mask = jnp.broadcast_to(longest, mask.shape)
+    return examples[:, None] * mask
 
 
 def _nothing(node: Mixture) -> tuple:

@@ -122,7 +122,8 @@ def fedamole(
         Then a client is embedded by its mean input, and an expert by its row.
       embed_on: examples that a client is embedded by: `aux`, held out for it and given as `constants["aux"]`, a dict of
         `inputs` {name: [A, B, T]} and `weights` [A, B], or the round's own batches, `train`.
-      mask_padding: leave padding out of load balance and embeddings.
+      mask_padding: leave padding out of load balance and embeddings; otherwise what fills a batch up to its longest
+        example counts, as in the published code. One example a batch has none.
       weighting: of means over clients and over holders, `uniform` or by `examples`.
       dp, dp_eta, dp_clip, dp_cap: noise on the embeddings, see `expert_embeddings.Noise`. The metric `dp_spent` of a
         round adds up over the vectors that a client releases, and over rounds.
