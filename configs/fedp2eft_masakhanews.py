@@ -32,6 +32,7 @@ Published (second hand), seen pool, r = 2, LoRA / AdaLoRA / BayesTune / FedL2P /
 """
 
 from fedjax_peft import experiment
+from fedjax_peft.algorithms import bayestune
 
 LANGUAGES = ("ibo", "lin", "lug", "orm", "pcm", "run", "sna", "som", "xho", "yor")
 PUBLISHED = tuple(sorted((*LANGUAGES, "amh", "eng", "fra", "hau", "swa", "tir")))
@@ -119,6 +120,8 @@ def _published(config, profile):
         config.observe = {"batch": 4, "published": True, "shuffle": False}
         ada["scale"] = "published"
     config.points = _rivals(ada, 1e-3)
+    if profile == "reference":
+        config.points.bayestune.algorithm.update(bayestune.REFERENCE)
     return config
 
 

@@ -19,6 +19,7 @@ bg 45.8 / 47.5 / 64.4, hi 42.8 / 44.5 / 57.8. Open: the tables on the plain base
 """
 
 from fedjax_peft import experiment
+from fedjax_peft.algorithms import bayestune
 
 LANGUAGES = ("ar", "bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh")
 BUDGETS = (2, 4, 8, 16)
@@ -110,6 +111,7 @@ def _reference(config):
     config.data.partition.reuse_first_pool = True
     config.observe = {"batch": 4, "published": True, "shuffle": False}
     config.points.adalora.algorithm.scale = "published"
+    config.points.bayestune.algorithm.update(bayestune.REFERENCE)
     return config
 
 

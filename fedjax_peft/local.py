@@ -156,8 +156,9 @@ def make_schedule(name: str = "constant", *, rounds: int, warmup: int = 0, end: 
     """Factor on the client's learning rate as a function of the round.
 
     Args:
-      name: `constant`; `linear` or `cosine` decay, from 1 to what would be `end` one round after the last; or
-        `exponential`, by the same factor each round to `end` in the last one.
+      name: `constant`; `linear` or `cosine` decay, from 1 to what would be `end` one round after the last;
+        `annealed`, the cosine one round ahead, which has `end` in the last; or `exponential`, by the same factor each
+        round to `end` in the last one.
       warmup: rounds over which the factor first rises linearly from 1 / warmup to 1; the decay has those after it.
     """
     steps = max(rounds - warmup, 1)
@@ -165,6 +166,7 @@ def make_schedule(name: str = "constant", *, rounds: int, warmup: int = 0, end: 
         "constant": lambda: optax.constant_schedule(1.0),
         "linear": lambda: optax.linear_schedule(1.0, end, steps),
         "cosine": lambda: optax.cosine_decay_schedule(1.0, steps, end),
+        "annealed": lambda: lambda index: optax.cosine_decay_schedule(1.0, steps, end)(index + 1),
         "exponential": lambda: optax.exponential_decay(1.0, max(steps - 1, 1), end),
     }
     if name not in shapes:

@@ -133,6 +133,7 @@ def test_sgd_clips_the_whole_gradient_and_has_momentum():
         ("constant", {}, [1, 1, 1, 1, 1]),
         ("linear", {}, [1, 0.8, 0.6, 0.4, 0.2]),
         ("cosine", {"end": 0.5}, [1, 0.9522542, 0.8272542, 0.6727457, 0.5477458]),
+        ("annealed", {"end": 0.5}, [0.9522542, 0.8272542, 0.6727457, 0.5477458, 0.5]),
         ("linear", {"warmup": 2, "end": 0.1}, [0.5, 1, 1, 0.7, 0.4]),
         ("exponential", {"end": 0.0625}, [1, 0.5, 0.25, 0.125, 0.0625]),
         ("exponential", {"warmup": 2, "end": 0.25}, [0.5, 1, 1, 0.5, 0.25]),
@@ -141,6 +142,13 @@ def test_sgd_clips_the_whole_gradient_and_has_momentum():
 def test_schedules_over_rounds(name, settings, expected):
     schedule = local.make_schedule(name, rounds=5, **settings)
     np.testing.assert_allclose([schedule(jnp.int32(index)) for index in range(5)], expected, rtol=1e-5)
+
+
+def test_the_published_rates_of_fed_aya():
+    # 1e-6 + (2e-5 - 1e-6)(1 + cos(pi t / 200)) / 2 in the rounds t = 1 .. 200
+    schedule = local.make_schedule("annealed", rounds=200, end=0.05)
+    rates = [2e-5 * float(schedule(jnp.int32(t - 1))) for t in (1, 100, 200)]
+    np.testing.assert_allclose(rates, [1.99988280e-5, 1.05e-5, 1e-6], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

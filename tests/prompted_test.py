@@ -223,10 +223,11 @@ def test_meanings_are_trained_on_with_all_references_and_tested_once(tmp_path):
     assert all(len(own) == 3 for own in made.references)
 
 
-def test_clients_of_aya_keep_their_numbers(tmp_path):
+@pytest.mark.parametrize("kind", [int, str])
+def test_clients_of_aya_keep_their_numbers(kind, tmp_path):
     rows = [
         {
-            "client": client,
+            "client": kind(client),
             "language": "xx" if client == 3 else ["en", "te"][client % 2],
             "instruction": "i",
             "response": "r",

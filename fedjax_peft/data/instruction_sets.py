@@ -97,7 +97,8 @@ def fed_aya(
         keep={"language": languages},
         group="language",
         train=split,
-        unseen=np.flatnonzero(np.isin(ids, list(unseen))).tolist() or 0,
+        # Ids may be read as texts.
+        unseen=np.flatnonzero(np.isin(ids.astype(str), np.array(list(unseen), str))).tolist() or 0,
         **{"aux": 0.0, "validation": 0.0, "test_fraction": 0.2, "test_limit": None} | division,
     )
     return made._replace(names=tuple(f"{name}@{group}" for name, group in zip(ids.tolist(), made.groups, strict=True)))
