@@ -62,6 +62,7 @@ def default_config() -> ConfigDict:
     config.personalize = ConfigDict({"batch": 8, "group_by_length": True})
     config.personalize.steps = config_dict.placeholder(int)  # steps before the final evaluation, or
     config.personalize.epochs = config_dict.placeholder(int)
+    config.personalize.round = 0  # whose examples it takes: the first round's; `rounds` goes on where training ended
     config.personalize.budgets = ()  # ranks a site that methods of rank selection are evaluated at, e.g. (2, 4)
     # Further ways to personalize, evaluated at the end: name -> the sections in which each differs from this config.
     config.points = ConfigDict()
@@ -140,11 +141,14 @@ def stage_one(config: ConfigDict) -> ConfigDict:
 def identity(config: ConfigDict) -> dict[str, Any]:
     """The keys that define an experiment: all but those of speed.
 
-    How answers are decoded is left out where it is the default, as in manifests from before there was a choice.
+    How answers are decoded and where personalization begins are left out where they are the default, as in manifests
+    from before there was a choice.
     """
     found = {key: value for key, value in config.to_dict().items() if key != "run"}
     if found["evaluate"].get("decoding") == default_config().evaluate.decoding.to_dict():
         del found["evaluate"]["decoding"]
+    if found["personalize"].get("round") == 0:
+        del found["personalize"]["round"]
     return found
 
 
@@ -155,6 +159,7 @@ def check_numbers(config: ConfigDict) -> None:
         "cohort": 1,
         "max_length": 4,
         "widths": 1,
+        "personalize.round": 0,
         "evaluate.every": 1,
         "evaluate.batch": 1,
         "evaluate.pack": 1,

@@ -263,8 +263,9 @@ def _points(
         batches.num_steps(train, lengths["steps"], lengths["epochs"], lengths["batch"])
 
         def draw(ids):
-            pure = {"seed": config.seed, "widths": widths, "pad": pad}
-            own = batches.cohort(train, grounds.within(ids, train), round=0, **lengths, **pure)
+            # Manifests of runs that begin with the first round's examples do not say so.
+            pure = {"seed": config.seed, "round": settings.personalize.get("round", 0), "widths": widths, "pad": pad}
+            own = batches.cohort(train, grounds.within(ids, train), **lengths, **pure)
             budgets = {} if budget is None else {"budget": np.full(len(ids), budget, np.int32)}
             return grounds.with_constants(known, ids, own.replace(constants=own.constants | budgets))
 

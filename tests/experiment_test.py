@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import tiny
 
-from fedjax_peft import experiment, metrics, records
+from fedjax_peft import experiment, ground, metrics, records
+from fedjax_peft.config import identity
+from fedjax_peft.data import federated
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +86,22 @@ def test_ranks_of_weights_and_correlations_are_recorded(load, tmp_path):
     assert 0 < found["rank_sum"]["mean"] <= 5 and found["rank_personal"]["mean"] <= 2
     rows = metrics.read_rows(tmp_path / "strategies.parquet")
     assert {len(row["singular_sum"]) for row in rows} == {5} and {row["rank_personal"] for row in rows} <= {0, 1, 2}
+
+
+def test_personalization_may_go_on_where_training_ended(load):
+    encoded = federated.Encoded(np.arange(2, 42, dtype=np.int32), None, np.arange(41))
+    store = federated.build(encoded, np.arange(40) % 2, [np.arange(30), np.arange(30, 40)])
+    pools = {"seen": np.arange(2, dtype=np.int32)}
+    federation = federated.Federation(store, store, ("a", "b"), ("a", "b"), pools, ("x", "y"))
+    walks = {}
+    for begun in (0, 3):
+        config = load({"cohort": 2, "personalize.batch": 4, "personalize.round": begun})
+        assert (identity(config)["personalize"].get("round") == 3) == (begun == 3)
+        support = experiment._points(config, federation, 0, {}, None, [])["personal"].support
+        walks[begun] = support(np.arange(2)).inputs["tokens"]
+        training = ground.clients(config, federation, 0, {}).training(begun, np.arange(2))
+        np.testing.assert_array_equal(walks[begun], training.inputs["tokens"])
+    assert (walks[0] != walks[3]).any()
 
 
 STAGES = {

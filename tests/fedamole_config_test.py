@@ -90,6 +90,19 @@ def test_fdlora_trains_once_more_than_methods_that_train_to_personalize():
         assert MODULE.get_config(f"ni,fdlora,{size}").rounds == MODULE.get_config(f"ni,fedit,{size}").rounds + 1 + 1
 
 
+@pytest.mark.parametrize("size", ["small", "published", "reference"])
+def test_personalization_is_the_round_after_the_last(size):
+    found = flat("snli_1", "fedamole", size)
+    assert found["personalize.round"] == found["rounds"]
+    for key in ("steps", "batch", "group_by_length"):
+        assert found[f"personalize.{key}"] == found[f"train.{key}"]
+
+
+def test_tasks_are_those_of_the_published_split():
+    assert flat("ni", "fedamole", "published")["data.split"] == "train"
+    assert "data.split" not in flat("snli_1", "fedamole", "published")
+
+
 def test_a_size_that_there_is_not_gets_a_sentence():
     with pytest.raises(ValueError, match="the size is 'tiny', expected 'small', 'published' or 'reference'"):
         MODULE.get_config("ni,fedamole,tiny")
