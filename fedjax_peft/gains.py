@@ -49,17 +49,32 @@ def show(ours: str, workdirs: Sequence[epath.PathLike]) -> None:
 
 
 def read(workdirs: Sequence[epath.PathLike]) -> tuple[Scores, dict[str, str]]:
-    """(scores, {scenario: data set}) of finished runs."""
+    """(scores, {scenario: data set}) of finished runs.
+
+    How rows were drawn and what is held out beside tests make no scenario of their own.
+
+    Raises:
+      ValueError: a directory without a finished run, or runs of a method that differ in more than that within a
+        scenario, such as ablations, which must not be averaged.
+    """
     found: dict[str, dict[str, list[float]]] = {}
-    sets = {}
+    sets, first = {}, {}
     for workdir in map(epath.Path, workdirs):
         manifest, summary = (metrics.read_json(workdir / name) for name in ("manifest.json", "summary.json"))
         if manifest is None or summary is None or "pools" not in summary:
             raise ValueError(f"workdir {workdir} has no finished run whose clients could be compared")
-        settings = traverse_util.flatten_dict({"data": manifest["experiment"]["data"]}, sep=".")
-        scenario = ", ".join(f"{key.removeprefix('data.')}={value}" for key, value in sorted(settings.items()))
-        sets[scenario] = settings["data.name"]
-        name = manifest["experiment"]["algorithm"]["name"]
+        settings = traverse_util.flatten_dict(manifest["experiment"], sep=".")
+        data = {key: settings.pop(key) for key in sorted(settings) if key.startswith("data.")}
+        kept = [key for key in data if key != "data.aux" and not key.endswith(".seed")]
+        scenario = ", ".join(f"{key.removeprefix('data.')}={data[key]}" for key in kept)
+        sets[scenario] = data["data.name"]
+        name = settings["algorithm.name"]
+        other, same = first.setdefault((scenario, name), (workdir, settings))
+        differ = [key for key in sorted({*settings, *same} - {"seed"}) if settings.get(key) != same.get(key)]
+        if differ:
+            raise ValueError(
+                f"workdirs {other} and {workdir} both hold {name} but differ in {differ[0]}: give one of them"
+            )
         for point, title in (("personal", name), ("global", f"{name} (global)")):
             if point in summary["pools"]["seen"]:
                 statistics = summary["pools"]["seen"][point]

@@ -34,9 +34,10 @@ def test_methods_must_be_in_all_scenarios():
         gains.gains("ours", {"a": {"ours": 1.0}}, {"a": "a"})
 
 
-def write(folder, alpha, algorithm, seed, personal, before):
+def write(folder, alpha, algorithm, seed, personal, before, *, rank=8, **data):
     folder.mkdir()
-    experiment = {"data": {"name": "snli", "alpha": alpha}, "algorithm": {"name": algorithm}, "seed": seed}
+    experiment = {"data": {"name": "snli", "alpha": alpha} | data, "adapter": {"rank": rank}}
+    experiment |= {"algorithm": {"name": algorithm}, "seed": seed}
     metrics.write_json(folder / "manifest.json", {"experiment": experiment})
     points = {
         name: {"clients": 2, "loss": {"mean": 1.0}, "accuracy": {"mean": value}}
@@ -61,3 +62,18 @@ def test_runs_are_averaged_over_seeds_and_models_before_local_steps_are_others(t
     assert "+30.0000 %" in said and "fedit (global)" in said
     with pytest.raises(ValueError, match="has no finished run"):
         gains.read([tmp_path / "nothing"])
+
+
+def test_how_rows_were_drawn_is_no_scenario(tmp_path):
+    for run, partition in enumerate(({"partition": {"seed": 42}}, {"partition": {"seed": 62}})):
+        write(tmp_path / f"ours{run}", 0.1, "fedamole", run, 0.6, 0.9, **partition)
+        write(tmp_path / f"fedit{run}", 0.1, "fedit", run, 0.4, 0.5, aux=0.0, **partition)
+    scores, _ = gains.read(sorted(tmp_path.iterdir()))
+    assert list(scores) == ["name=snli"] and scores["name=snli"]["fedit"] == 0.4
+
+
+def test_ablations_are_not_averaged(tmp_path):
+    write(tmp_path / "a", 0.1, "fedit", 0, 0.6, 0.9)
+    write(tmp_path / "b", 0.1, "fedit", 1, 0.4, 0.5, rank=56)
+    with pytest.raises(ValueError, match="both hold fedit but differ in adapter.rank: give one of them"):
+        gains.read(sorted(tmp_path.iterdir()))
