@@ -30,7 +30,7 @@ tasks of Natural Instructions, empty splits of tiny clients, two more rows of th
 FedPTuning, FDLoRA's search by nevergrad with dropout on, averages that hold for batches of one example alone, and
 clients one after the other in one shared model; nor is the noise on embeddings, which is off in their main runs, and
 which `dp="reference"` draws once instead of anew at each read. Their -H and -S ablations were not released:
-`router="linear"` and `shared_expert=False` are ours.
+`router="linear"` and `shared_expert=False` are ours, and so is the wording of FedPrompt's prompts.
 
 Published (second hand): +5.97 % on average over the seven scenarios, of which no cell is public. Results of the small
 version are still to be measured.

@@ -147,6 +147,18 @@ def test_clients_that_change_nothing_leave_the_bank():
     assert_same(play(method, before, SOME, changed=nothing).adapters, before.adapters)
 
 
+def test_equal_clients_that_hold_everything_are_one():
+    method = make(expert_choices=CLIENTS, max_experts=7, assign="static", balance=0.1)
+    before, alike = start(method), {client: data(4) for client in SOME}
+    change = node_of(uploaded(method, before, 4)[0].change)
+    after, old = node_of(play(method, before, SOME, changed=alike).adapters), node_of(before.adapters)
+    # Slots stand in the order of the bank.
+    for leaf in ("a", "b", "router"):
+        assert_close(getattr(after, leaf), getattr(old, leaf) + getattr(change, leaf), 1e-6)
+    assert_close(after.shared.b, old.shared.b + change.shared.b, 1e-6)
+    assert (change.b != 0).any() and (change.router != 0).any()
+
+
 def test_scores_are_products_of_mean_embeddings():
     method = make()
     slots, scores = start(method).slots, after_one(method).scores
