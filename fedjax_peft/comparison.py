@@ -1,4 +1,4 @@
-"""Tables of several finished runs: those that differ only in their seed are one row, a method's."""
+"""Tables of several finished runs: those that differ only in seeds are one row, a method's."""
 
 import collections
 import json
@@ -13,12 +13,13 @@ GROUPS = 20  # most rows of groups in a table
 
 
 def methods(runs: Sequence[finished.Run]) -> dict[str, list[finished.Run]]:
-    """Runs of the same experiment but for the seed, under the algorithm's name and what else sets them apart."""
+    """Runs of the same experiment but for seeds, under the algorithm's name and what else sets them apart."""
     same: dict[str, list[finished.Run]] = {}
     for run in runs:
-        key = json.dumps({**run.experiment, "seed": None}, sort_keys=True)
+        own = finished.seeds(run.experiment)
+        key = json.dumps({key: value for key, value in run.experiment.items() if key not in own}, sort_keys=True)
         for other in same.setdefault(key, []):
-            if other.experiment["seed"] == run.experiment["seed"]:
+            if finished.seeds(other.experiment) == own:
                 raise ValueError(f"workdirs {other.workdir} and {run.workdir} hold the same run: give one of them")
         same[key].append(run)
     experiments = [members[0].experiment for members in same.values()]
@@ -29,7 +30,7 @@ def _label(experiment: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -
     """The algorithm's name, and the settings in which experiments with the same algorithm differ."""
     name = experiment["algorithm.name"]
     rivals = [other for other in others if other["algorithm.name"] == name]
-    keys = sorted(set().union(*rivals) - {"seed"})
+    keys = sorted(set().union(*rivals) - set().union(*map(finished.seeds, rivals)))
     endings = collections.Counter(key.split(".")[-1] for key in keys)
     for key in keys:
         # Manifests leave out what is decoded as by default: a run does not differ in what it does not name.

@@ -1,7 +1,7 @@
 """Finished runs, read back from their directories, and the names of the points that clients were evaluated at."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,6 +55,11 @@ def read(workdir: epath.PathLike) -> Run:
     experiment = traverse_util.flatten_dict(manifest["experiment"], sep=".")
     base = epath.Path(manifest.get("run", {}).get("base_workdir") or workdir / "base")
     return Run(workdir, base, experiment, manifest["sha256"], summary["rounds"], summary["pools"], metric, points)
+
+
+def seeds(experiment: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run is one of several by: its own seed, and that of the division of its data."""
+    return {key: value for key, value in experiment.items() if key == "seed" or re.fullmatch(r"data\.(.*\.)?seed", key)}
 
 
 def split(point: str) -> tuple[str, int | None]:

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
-from fedjax_peft import console, evaluate, metrics
+from fedjax_peft import console, evaluate, finished, metrics
 
 Scores = dict[str, dict[str, float]]
 """{scenario: {method: mean over seeds of the mean over seen clients}}."""
@@ -65,7 +65,7 @@ def read(workdirs: Sequence[epath.PathLike]) -> tuple[Scores, dict[str, str]]:
             raise ValueError(f"workdir {workdir} has no finished run whose clients could be compared")
         settings = traverse_util.flatten_dict(manifest["experiment"], sep=".")
         data = {key: settings.pop(key) for key in sorted(settings) if key.startswith("data.")}
-        kept = [key for key in data if key != "data.aux" and not key.endswith(".seed")]
+        kept = [key for key in data if key != "data.aux" and key not in finished.seeds(data)]
         scenario = ", ".join(f"{key.removeprefix('data.')}={data[key]}" for key in kept)
         sets[scenario] = data["data.name"]
         name = settings["algorithm.name"]

@@ -78,7 +78,7 @@ ALLOWED = {
     "spectrum_plots": set(),
     "expert_plots": {"client_plots"},
     "rank_plots": {"client_plots"},
-    "gains": {"console", "evaluate", "metrics"},
+    "gains": {"console", "evaluate", "finished", "metrics"},
     "finished": {"evaluate", "metrics"},
     "comparison": {"finished"},
     "report": {"comparison", "console", "evaluate", "finished", "metrics", "plots"},

@@ -169,6 +169,17 @@ def test_seeds_of_an_experiment_are_averaged(tmp_path, capsys):
     ]
 
 
+def test_seeds_of_the_data_are_seeds(tmp_path, capsys):
+    runs = [
+        write_run(tmp_path / str(seed), seed=seed, sha256=str(seed), data={"name": "a", "partition": {"seed": seed}})
+        for seed in (42, 62)
+    ]
+    report.compare(runs)
+    printed = capsys.readouterr().out
+    assert [row[:3] for row in cells(printed)[1:]] == [["fedit", "seen", "2"], ["fedit", "unseen", "2"]]
+    assert "hard to compare" not in printed
+
+
 def test_experiments_of_one_algorithm_are_told_apart_by_what_differs(tmp_path, capsys):
     ranks = [write_run(tmp_path / f"r{rank}", adapter={"rank": rank, "alpha": 16.0}, seed=rank) for rank in (4, 8)]
     report.compare([*ranks, write_run(tmp_path / "ffa", algorithm="ffa_lora", train={"steps": 3})])
