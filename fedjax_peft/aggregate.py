@@ -23,7 +23,8 @@ def weighted_sum(uploads: PyTree, cohort: Cohort, weighting: str) -> WeightedSum
     """Sums uploads `[C, ..]` weighted by the clients' examples or by 1; slots that did not report weigh nothing."""
     weights = cohort.examples if weighting == "examples" else jnp.ones_like(cohort.examples)
     weights = jnp.where(cohort.reported, weights, 0.0)
-    total = jax.tree.map(lambda leaf: jnp.tensordot(weights, leaf, axes=1), uploads)
+    # Accelerators would round float32 factors to fewer bits.
+    total = jax.tree.map(lambda leaf: jnp.tensordot(weights, leaf, axes=1, precision="highest"), uploads)
     return WeightedSum(total, jnp.sum(weights))
 
 

@@ -69,5 +69,7 @@ def hessian_vector(
     # The smallest normal number, so that no direction gives no product.
     length = jnp.sqrt(jnp.maximum(trees.squared_norm(direction), jnp.finfo(jnp.float32).tiny))
     step = trees.scale(direction, eps / length)
-    difference = trees.subtract(gradient(trees.add(point, step)), gradient(trees.subtract(point, step)))
+    # Products of fewer bits, an accelerator's default, would leave little of so small a difference.
+    with jax.default_matmul_precision("highest"):
+        difference = trees.subtract(gradient(trees.add(point, step)), gradient(trees.subtract(point, step)))
     return trees.scale(difference, length / (2 * eps))

@@ -19,7 +19,9 @@ def singular_values(node: adapters_lib.LoRA) -> Array:
         return jnp.zeros((*node.scale.shape[:-1], 1))
     left = jnp.linalg.qr(node.a * node.scale[..., None, :], mode="r")
     right = jnp.linalg.qr(jnp.swapaxes(node.b, -1, -2), mode="r")
-    return jnp.linalg.svd(left @ jnp.swapaxes(right, -1, -2), compute_uv=False)
+    # In float32 on accelerators too, whose rounding would count as further ranks.
+    core = jnp.matmul(left, jnp.swapaxes(right, -1, -2), precision="highest")
+    return jnp.linalg.svd(core, compute_uv=False)
 
 
 def numerical_rank(values: Array, tolerance: float) -> Array:

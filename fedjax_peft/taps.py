@@ -1,7 +1,8 @@
 """Activation statistics of a client's texts: mean and deviation of the input of every Linear of the base.
 
 FedP2EFT (Lee et al., arXiv 2502.04387) describes a client by them. They are pooled over all elements of an input,
-examples x tokens x features, so a Linear gives two numbers.
+examples x tokens x features, so a Linear gives two numbers. A head that is tied to the embedding is none: of Llama 3.2,
+where the published code counts it, 196 Linears are left of 197.
 """
 
 from collections.abc import Sequence

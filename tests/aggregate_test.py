@@ -24,6 +24,16 @@ def test_sums_are_additive_over_clients():
     jax.tree.map(np.testing.assert_allclose, trees.add(*parts), whole)
 
 
+def test_accelerators_sum_in_full_precision():
+    lowered = jax.jit(lambda uploads: aggregate.weighted_sum(uploads, COHORT, "examples").total).lower(UPLOADS)
+    assert products(lowered.as_text()) == [True]
+
+
+def products(text):
+    """Of each product of a program, whether it asks an accelerator for float32."""
+    return ["HIGHEST, HIGHEST" in line for line in text.splitlines() if "dot_general" in line]
+
+
 # Two steps by hand from Algorithm 2 of the paper. Delta = 0.5, then -0.25; b1 = 0.9, b2 = 0.99, tau = 0.1, eta = 2.
 M1, M2 = 0.05, 0.9 * 0.05 - 0.1 * 0.25
 V0, S1, S2 = 0.01, 0.25, 0.0625

@@ -79,6 +79,17 @@ def test_without_b_the_loss_sees_neither_scales_nor_a():
     assert not any(leaf.any() for leaf in jax.tree.leaves(gradient))
 
 
+def test_the_loss_sees_b_through_its_scale():
+    def gradient(scales):
+        adapted = lambda tree: ranks.scaled(LAYOUT, tree, scales)  # noqa: E731
+        loss = jax.grad(lambda tree: jnp.mean(TASK.loss(logits(adapted(tree)), ONE.labels[0])))
+        return adapters.nodes(loss(INIT(jax.random.key(0))))["classifier",].b
+
+    once, scales = gradient(jnp.ones(SHAPE)), jnp.arange(1.0, 13.0).reshape(SHAPE)
+    assert once.any()
+    np.testing.assert_allclose(gradient(scales), scales[2][:, None] * once, rtol=1e-5)
+
+
 def test_masked_ranks_are_as_if_cut_off_and_get_no_gradient():
     mask = ranks.top(jax.random.uniform(jax.random.key(3), SHAPE), 5)
 
@@ -105,6 +116,15 @@ def test_masked_ranks_stay_where_they_are():
     np.testing.assert_array_equal(after.a[..., 2:], before.a[..., 2:])
     np.testing.assert_array_equal(after.b[:, 2:], before.b[:, 2:])
     assert np.all(after.b[:, :2] != before.b[:, :2])
+
+
+@pytest.mark.parametrize("settings", [{}, bayestune.REFERENCE], ids=["default", "reference"])
+def test_masked_scales_stay_where_they_are(settings):
+    mask = ranks.first(SHAPE, 2)
+    start = START.astype(settings.get("dtype", "float32"))
+    scales, _ = learn(start, mask=mask, **settings)
+    np.testing.assert_array_equal(scales[:, 2:], start[:, 2:])
+    assert np.all(scales[:, :2] != start[:, :2])
 
 
 def test_merged_weights_give_the_same_logits():

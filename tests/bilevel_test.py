@@ -50,6 +50,16 @@ def test_a_part_without_examples_has_no_gradient():
     assert value == 0 and not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
 
 
+def test_differences_are_taken_of_products_in_full_precision():
+    def gradient(x):
+        return jax.grad(lambda x: jnp.sum((x @ x.T) ** 2))(x)
+
+    x = jnp.ones((2, 3))
+    program = jax.jit(lambda x: bilevel.hessian_vector(gradient, x, x, how="fd")).lower(x).as_text()
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    assert products and all("HIGHEST, HIGHEST" in line for line in products)
+
+
 def energy(x, y):
     """Not symmetric in its arguments, and of fourth order."""
     return jnp.sum(jnp.sin(x["w"]) * (y["a"] @ y["b"])) + jnp.sum(x["w"] ** 2) * jnp.sum(y["a"] ** 2)

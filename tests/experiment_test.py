@@ -84,6 +84,7 @@ def test_ranks_of_weights_and_correlations_are_recorded(load, tmp_path):
     found = summary["pools"]["seen"]["personal"]
     assert list(found)[2:] == ["loss", "mcc", "accuracy", "rank_common", "rank_personal", "rank_sum"]
     assert 0 < found["rank_sum"]["mean"] <= 5 and found["rank_personal"]["mean"] <= 2
+    assert "global" in summary["pools"]["seen"]  # as after each round, before a client adapts any further
     rows = metrics.read_rows(tmp_path / "strategies.parquet")
     assert {len(row["singular_sum"]) for row in rows} == {5} and {row["rank_personal"] for row in rows} <= {0, 1, 2}
 

@@ -208,6 +208,60 @@ def rounds_of(method, count=3, seed=0):
     return state, played
 
 
+def test_a_local_step_has_half_of_a_batch_for_each_level():
+    method = make(schedule=lambda index: 0.25)
+    noise = iter(jax.random.split(jax.random.key(2), 100))
+
+    def generic(tree):
+        trained, fixed = (
+            trees.select(tree, lambda leaf, own=own: adapters.is_trained(leaf) == own) for own in (True, False)
+        )
+        return jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(next(noise), leaf.shape), trained), fixed
+
+    server = method.init(jax.random.key(0))
+    client = method.init_client(server, 0, jax.random.key(1))
+    (x, fixed), (y, own_fixed) = generic(server.common), generic(client.personal)
+    server, client = server.replace(common=trees.join(x, fixed)), client.replace(personal=trees.join(y, own_fixed))
+    one = jax.tree.map(lambda leaf: leaf[0], federation.data(0, [0]))
+    one = one.replace(weights=one.weights * np.array([[1.0], [0.0], [0.0]], np.float32))
+
+    def loss(x, y, rows):
+        both = adapters.concat(trees.join(x, fixed), trees.join(y, own_fixed))
+        inputs = jax.tree.map(lambda leaf: leaf[0, rows], one.inputs)
+        return jnp.mean(TASK.loss(MODEL.apply(federation.base(), both, inputs), one.labels[0, rows]))
+
+    def stepped(x):
+        return trees.subtract(y, trees.scale(jax.grad(loss, 1)(x, y, np.array([0, 2])), 0.3))
+
+    gradient = jax.grad(lambda x: loss(x, stepped(x), np.array([1, 3])))(x)
+    client, upload, _ = method.client_update(federation.base(), server, client, one, jax.random.key(3))
+    assert_close(upload, trees.scale(gradient, -0.5 * 0.25), 1e-6)
+    assert_close(trees.select(client.personal, adapters.is_trained), stepped(x), 1e-6)
+
+
+def test_a_client_alone_is_the_mean():
+    method = make()
+    before = federation.begin(method)
+    received = snapshot(before.server.common)
+    client = method.init_client(before.server, 0, jax.random.key(1))
+    _, upload, _ = method.client_update(
+        federation.base(),
+        before.server,
+        client,
+        jax.tree.map(lambda leaf: leaf[0], federation.data(0, [0])),
+        jax.random.key(3),
+    )
+    sums = method.fold(jax.tree.map(lambda leaf: leaf[None], upload), toy.cohort([0]))
+    server, _ = method.server_update(before.server, sums)
+    assert_close(
+        trees.select(server.common, adapters.is_trained),
+        trees.add(trees.select(received, adapters.is_trained), upload),
+        0,
+    )
+    # What the loop evaluates between rounds.
+    assert_same(method.shared(server), server.common)
+
+
 @pytest.mark.parametrize("settings", [{"client_rank": 0}, {"client_rate": 0.0}], ids=["no ranks", "no step"])
 def test_without_a_personal_adapter_it_is_homlora(settings):
     state, _ = rounds_of(make(shared_batch=True, **settings))

@@ -1,5 +1,7 @@
 """The synthetic study: its problem, the trajectory that others got, and what a run leaves."""
 
+import functools
+
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -38,6 +40,21 @@ def test_one_matrix_fits_neither_client(name, loss):
     method = rank_recovery.methods(4, 1, 0.03, 0.3, 10)[name]
     curves = rank_recovery.play(method, range(5), (3, 5), interval=10, total=600, every=600, tolerance=1e-2)
     np.testing.assert_allclose(curves.loss[:, -1].mean(axis=0), loss, atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    "name, settings, total, loss",
+    [
+        ("perfedavg", {}, 300, (0.040, 0.468)),  # after the one step that adapts
+        ("hetlora_spread", {}, 600, (0.005, 0.954)),  # zeros pad away what only the second client owns
+        ("hetlora_high", {"evaluate_global": True}, 600, (0.315, 0.186)),
+    ],
+)
+def test_baselines_end_where_others_had_them(name, settings, total, loss):
+    method = rank_recovery.methods(4, 1, 0.03, 0.3, 10)[name]
+    method = method._replace(build=functools.partial(method.build, **settings))
+    curves = rank_recovery.play(method, range(5), (3, 5), interval=10, total=total, every=total, tolerance=1e-2)
+    np.testing.assert_allclose(curves.loss[:, -1].mean(axis=0), loss, atol=1e-3)
 
 
 def test_a_run_leaves_its_summary_and_pictures(tmp_path, capsys):

@@ -1,12 +1,15 @@
 """Activation statistics against the same numbers from whole arrays."""
 
+import functools
+
+import decoder
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_peft import adapters, taps
-from fedjax_peft.models import bert
+from fedjax_peft import adapters, ranks, taps
+from fedjax_peft.models import bert, gpt2, llama
 
 CONFIG = {"model_type": "bert", "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 CONFIG |= {"intermediate_size": 24, "max_position_embeddings": 12}
@@ -47,6 +50,45 @@ def inputs_of(name):
 def test_a_linear_gives_two_numbers_in_the_order_of_layers():
     assert taps.size(MODEL) == 28  # 14 Linears: six in each of two layers, pooler, classifier
     assert parts_of([range(6)])[0].shape == (14, 3)
+
+
+MBERT = {"model_type": "bert", "vocab_size": 119_547, "hidden_size": 768, "num_hidden_layers": 12}
+MBERT |= {"num_attention_heads": 12, "intermediate_size": 3072, "max_position_embeddings": 512}
+MOBILE = {"model_type": "llama", "vocab_size": 32_000, "hidden_size": 2048, "num_hidden_layers": 24}
+MOBILE |= {"num_attention_heads": 16, "intermediate_size": 5632, "max_position_embeddings": 2048}
+LLAMA = {"model_type": "llama", "vocab_size": 128_256, "hidden_size": 3072, "num_hidden_layers": 28, "head_dim": 128}
+LLAMA |= {"num_attention_heads": 24, "num_key_value_heads": 8, "intermediate_size": 8192}
+LLAMA |= {"max_position_embeddings": 131_072, "tie_word_embeddings": True}
+GPT2 = {"model_type": "gpt2", "vocab_size": 50_257, "n_embd": 1024, "n_layer": 24, "n_head": 16, "n_positions": 1024}
+EVERY = {"targets": "all-linear", "head": "lora"}
+PUBLISHED = {  # model, its adapters, sites J, Linears, LoRA parameters of a rank
+    "mBERT, 3 classes": (lambda: bert.bert(MBERT, labels=3, pool="pooler"), EVERY, 74, 74, 168_195),
+    "mBERT, 7 classes": (lambda: bert.bert(MBERT, labels=7, pool="pooler"), EVERY, 74, 74, 168_199),
+    "MobileLLaMA-1.4B": (lambda: llama.llama(MOBILE), EVERY, 168, 169, 946_176),
+    "Llama-3.2-3B": (lambda: llama.llama(LLAMA), EVERY, 196, 196, 1_519_616),
+    "GPT-2 Medium": (lambda: gpt2.gpt2(GPT2), {"targets": "c_attn"}, 24, 96, 98_304),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_the_published_sites(name):
+    build, targets, sites, linears, parameters = PUBLISHED[name]
+    model = build()
+    init = functools.partial(adapters.init, shapes=jax.eval_shape(model.init, jax.random.key(0)), rank=1, **targets)
+    assert ranks.layout(ranks.concrete(init)).sites == sites
+    assert adapters.count(jax.eval_shape(init, jax.random.key(0))) == parameters
+    assert taps.size(model) == 2 * linears
+
+
+def test_a_head_that_gives_tokens_is_read_but_has_no_adapter():
+    model = llama.llama(decoder.config())
+    base, inputs = model.init(jax.random.key(0)), decoder.inputs()
+    found = np.asarray(taps.moments(model, base, inputs, jnp.ones(3)))
+    assert found.shape == (7 * decoder.LAYERS + 1, 3)
+    tokens, sizes = int(inputs["mask"].sum()), sorted(set(found[:, 0].tolist()))
+    assert sizes == [tokens * decoder.WIDTH, tokens * decoder.INNER] and found[-1, 0] == sizes[0]
+    init = functools.partial(adapters.init, shapes=base, rank=2, **EVERY)
+    assert ranks.layout(ranks.concrete(init)).sites == 7 * decoder.LAYERS
 
 
 def test_statistics_are_those_of_the_whole_input():

@@ -208,9 +208,11 @@ def make_network(key: Array, inputs: int, outputs: int) -> LRNet:
 def generate(meta: Meta, x: Array) -> Array:
     """[2 J] the rates for activation statistics x [I]: A and B of the first site, A and B of the second .."""
     network = meta.network
-    hidden = jax.nn.relu(x @ network.w1 + network.b1)
-    hidden = jax.nn.relu(hidden @ network.w2 + network.b2)
-    return ranks.clamp(hidden @ network.w3 + network.b3, 0.0, 1000.0) * meta.rates
+    # Accelerators would round float32 factors to fewer bits, in which steps of 1e-4 and what clients differ by vanish.
+    with jax.default_matmul_precision("highest"):
+        hidden = jax.nn.relu(x @ network.w1 + network.b1)
+        hidden = jax.nn.relu(hidden @ network.w2 + network.b2)
+        return ranks.clamp(hidden @ network.w3 + network.b3, 0.0, 1000.0) * meta.rates
 
 
 def per_tensor(layout: ranks.Layout, adapters: PyTree, rates: Array, other: float) -> PyTree:

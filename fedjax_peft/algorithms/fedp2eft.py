@@ -31,6 +31,8 @@ PROFILES = {
     "reference": bayestune.REFERENCE | {"tap_dtype": "bfloat16", "tap_mask_padding": False, "tap_standardize": "none"},
 }
 
+BUDGET = 2**31 - 1  # folded into a client's key for its draw of a budget; larger than any step, which have theirs
+
 
 @struct.dataclass
 class PSG:
@@ -166,7 +168,7 @@ def fedp2eft(
         x = read(server, batches).astype(dtype)
         psg = jax.tree.map(lambda leaf: leaf.astype(dtype), server.psg)
         start = generate(psg, x, shape, settings)
-        mask = sampled(start, server.round, jax.random.fold_in(key, 1)) if sample_budget else None
+        mask = sampled(start, server.round, jax.random.fold_in(key, BUDGET)) if sample_budget else None
         rate = 1.0 if schedule is None else schedule(server.round)
         learnt, metrics = bayestune.learn_scales(
             model, task, base, server.adapters, start, optimizer, batches, key, layout, settings, mask=mask, rate=rate
@@ -200,7 +202,10 @@ def fedp2eft(
     def fold(uploads, cohort):
         here = cohort.reported.astype(jnp.float32)
         psg = aggregate.weighted_sum(uploads.psg, cohort, weighting)
-        return Sums(psg, jnp.sum(here), *((here @ uploads.x, here @ uploads.x**2) if running else ((), ())))
+        # As in the generator: what clients differ by is little beside what they share.
+        with jax.default_matmul_precision("highest"):
+            moments = (here @ uploads.x, here @ uploads.x**2) if running else ((), ())
+        return Sums(psg, jnp.sum(here), *moments)
 
     def server_update(server, sums):
         psg = trees.add(server.psg, aggregate.mean(sums.psg))
@@ -261,9 +266,11 @@ def make_psg(key: Array, inputs: int, hidden: int, outputs: int) -> PSG:
 
 def generate(psg: PSG, x: Array, shape: tuple[int, int], settings: bayestune.Scales) -> Array:
     """Scales [J, R] for activation statistics x [I]."""
-    hidden = x @ psg.w1 + psg.b1
-    hidden = jnp.where(hidden >= 0, hidden, psg.slope * hidden)
-    return ranks.clamp((hidden @ psg.w2 + psg.b2).reshape(shape), settings.low, settings.high)
+    # Accelerators would round float32 factors to fewer bits, in which steps of 1e-4 and what clients differ by vanish.
+    with jax.default_matmul_precision("highest"):
+        hidden = x @ psg.w1 + psg.b1
+        hidden = jnp.where(hidden >= 0, hidden, psg.slope * hidden)
+        return ranks.clamp((hidden @ psg.w2 + psg.b2).reshape(shape), settings.low, settings.high)
 
 
 def standardized(x: Array, statistics: Statistics) -> Array:

@@ -158,7 +158,12 @@ def hetlora(
         size = adapters_lib.count(server.adapters)
         return size, size
 
-    return Algorithm(init, init_client, client_update, fold, server_update, personalize, traffic)
+    return Algorithm(init, init_client, client_update, fold, server_update, personalize, traffic, shared=shared)
+
+
+def shared(server: Server) -> PyTree:
+    """Adapters to merge into the base for a further stage: the server's, of rank R."""
+    return server.adapters
 
 
 def spread(least: int, most: int, clients: int) -> Callable[[Array], Array]:

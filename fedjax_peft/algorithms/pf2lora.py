@@ -203,7 +203,12 @@ def pf2lora(
         sent = adapters_lib.count(server.common)
         return sent, sent
 
-    return Algorithm(init, init_client, client_update, fold, server_update, personalize, traffic)
+    return Algorithm(init, init_client, client_update, fold, server_update, personalize, traffic, shared=shared)
+
+
+def shared(server: Server) -> PyTree:
+    """Adapters to merge into the base for a further stage: the common ones."""
+    return server.common
 
 
 def two_level(
