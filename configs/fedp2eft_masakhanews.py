@@ -118,7 +118,7 @@ def _published(config, profile):
         config.task.dtype = "bfloat16"
         config.data.partition.same_mixes = True
         config.observe = {"batch": 4, "published": True, "shuffle": False}
-        ada["scale"] = "published"
+        ada |= {"scale": "published", "penalty": 0.0}  # peft adds none to a model whose config names no task type
     config.points = _rivals(ada, 1e-3)
     if profile == "reference":
         config.points.bayestune.algorithm.update(bayestune.REFERENCE)

@@ -110,7 +110,8 @@ def _reference(config):
     config.task.dtype = "bfloat16"
     config.data.partition.reuse_first_pool = True
     config.observe = {"batch": 4, "published": True, "shuffle": False}
-    config.points.adalora.algorithm.scale = "published"
+    # peft adds no penalty to a model whose config names no task type.
+    config.points.adalora.algorithm.update({"scale": "published", "penalty": 0.0})
     config.points.bayestune.algorithm.update(bayestune.REFERENCE)
     return config
 
