@@ -39,9 +39,10 @@ By language, r = 2, base / FedP2EFT / LoRA / AdaLoRA / BayesTune, seen: ibo 51.7
 `fedjax-peft report runs/0 runs/1 runs/2` prints these of runs with --config.seed=0, 1 and 2.
 
 Reading: at the learning rate that suits it, uniform LoRA does what FedP2EFT does, or a point better, up to r = 8; at
-r = 16, where all ranks are kept, FedP2EFT is three points better: its scales of .65 to .8, which hardly differ from site
-to site, stand for a smaller rate. Where it chooses, it keeps two ranks of nearly every site with seeds 0 and 2 and those
-of `intermediate` alone with seed 1, to no effect. AdaLoRA and BayesTune alone learn too little in four steps.
+r = 16, where all ranks are kept, FedP2EFT is three points better: its scales of .65 to .8, which hardly differ from
+site to site, stand for a smaller rate. Where it chooses, it keeps two ranks of nearly every site with seeds 0 and 2
+and those of `intermediate` alone with seed 1, to no effect. AdaLoRA and BayesTune alone learn too little in four
+steps.
 
 Published (second hand), seen pool, r = 2, LoRA / AdaLoRA / BayesTune / FedL2P / FedP2EFT: eng 90.4 / 89.9 / 89.9 /
 90.7 / 92.0, amh 45.7 / 45.2 / 45.2 / 45.7 / 52.0, tir 44.9 / 44.9 / 44.9 / 45.3 / 63.5, orm 64.2 / 64.0 / 64.0 / 64.4
