@@ -189,7 +189,10 @@ def _count_turns(equation: Any, inside: Any, frozen: list[bool]) -> tuple[float,
     flops, results = _count(inside, frozen)
     if equation.primitive.name != "scan":
         return flops, results
-    start, count = equation.params["num_consts"], equation.params["num_carry"]
+    # What is carried has the same shape in a turn as outside; what is read or stacked has one axis less.
+    count = sum(own.aval.shape == out.aval.shape for own, out in zip(inside.outvars, equation.outvars, strict=True))
+    read = sum(own.aval.shape != out.aval.shape for own, out in zip(inside.invars, equation.invars, strict=True))
+    start = len(frozen) - read - count
     # What a loop hands on is frozen only if it stays so.
     kept = [one and other for one, other in zip(frozen[start : start + count], results[:count], strict=True)]
     if kept != frozen[start : start + count]:
