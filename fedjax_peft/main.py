@@ -1,6 +1,8 @@
 """The command line: `fedjax-peft run --config=configs/quickstart.py --workdir=DIR`."""
 
 import logging
+import pathlib
+import re
 import sys
 from collections.abc import Sequence
 
@@ -171,13 +173,23 @@ def _parse(values: flags.FlagValues, arguments: list[str], needed: Sequence[str]
         # Its text is a representation, quotes and line breaks included.
         raise ValueError(f"the config does not know {' '.join(str(error.args[0]).split())}") from None
     except (flags.Error, OSError, AttributeError, TypeError) as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        raise ValueError(_sentence(str(error))) from None
     if rest:
         known = [f"--{name}=.." for name in needed] + ["--config.KEY=VALUE"] * ("config" in needed)
         raise ValueError(f"{rest[0]!r} is no flag; flags are {', '.join(known)}")
     for name in needed:
         if values[name].value is None:
             raise ValueError(f"--{name} is missing")
+
+
+def _sentence(text: str) -> str:
+    """One line; of the traceback of a config file only in which of its lines, and what."""
+    head, traced, trace = text.partition("Traceback (most recent call last):")
+    if traced:
+        steps = re.findall(r'File "(.+)", line (\d+)', trace)
+        lines = [f"line {line}: " for path, line in steps if pathlib.Path(path).name in head]
+        text = f"{head} {lines[-1] if lines else ''}{trace.strip().splitlines()[-1]}"
+    return " ".join(text.split())
 
 
 def _mistake(error: ValueError) -> int:

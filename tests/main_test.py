@@ -31,3 +31,16 @@ def test_mistakes(arguments, sentence, monkeypatch, capsys):
         main.main()
     assert stopped.value.code == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_a_mistake_in_a_config_file_is_one_line_that_says_where(tmp_path, monkeypatch, capsys):
+    (tmp_path / "wrong.py").write_text("def get_config():\n    return {}['rounds'] + 1 / 0\n")
+    (tmp_path / "wronger.py").write_text(
+        "from ml_collections import ConfigDict\n\nget_config = lambda: ConfigDict({'a.b': 1})\n"
+    )
+    for name, sentence in (("wrong", "does not know rounds"), ("wronger", "line 3: ValueError: ConfigDict does not")):
+        monkeypatch.setattr(sys, "argv", ["fedjax-peft", "run", f"--config={tmp_path}/{name}.py", "--workdir=here"])
+        with pytest.raises(SystemExit) as stopped:
+            main.main()
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and sentence in said and said.count("\n") == 1
