@@ -27,7 +27,8 @@ def classification(*, mcc: bool = False, dtype: str = "float32") -> Task:
         raise ValueError(f"task.dtype is {dtype!r}, expected 'float32' or 'bfloat16'")
 
     def loss(logits, labels):
-        return optax.softmax_cross_entropy_with_integer_labels(logits.astype(dtype), labels).astype(jnp.float32)
+        read = logits.astype(dtype) if dtype == "bfloat16" else logits
+        return optax.softmax_cross_entropy_with_integer_labels(read, labels).astype(logits.dtype)
 
     def metrics(logits, labels):
         values = {
