@@ -41,6 +41,8 @@ def main(arguments: list[str]) -> None:
         raise ValueError(
             f"--cohort is {setting['cohort']}, expected no more than the {min(sizes)} clients of the least"
         )
+    if values.folder is not None and not pathlib.Path(values.folder).is_dir():
+        raise ValueError(f"--folder is {values.folder}, expected a folder that exists")
     rows = [measure(size, values.folder, **setting) for size in sizes]
     metrics.write_json(
         values.output, {"environment": manifest.environment(), "command": sys.argv, "setting": setting, "rows": rows}
