@@ -160,7 +160,7 @@ def run(config, workdir, *arguments: str, **environment: str) -> subprocess.Pope
 
 def run_pair(config, workdir) -> list[subprocess.Popen]:
     place = address()
-    flags = [f"--coordinator={place}", "--processes=2", "--config.run.watchdog_minutes=0.6"]
+    flags = [f"--coordinator={place}", "--processes=2", "--config.run.watchdog_minutes=1"]
     return [run(config, workdir, *flags, f"--process={index}") for index in range(2)]
 
 
