@@ -33,7 +33,7 @@ def _label(experiment: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -
     keys = sorted(set().union(*rivals) - set().union(*map(finished.seeds, rivals)))
     endings = collections.Counter(key.split(".")[-1] for key in keys)
     for key in keys:
-        # Manifests leave out what is decoded as by default: a run does not differ in what it does not name.
+        # A run does not differ in arguments that it leaves to the function.
         if key in experiment and any(rival.get(key) != experiment[key] for rival in rivals):
             ending = key.split(".")[-1]
             name += f" {ending if endings[ending] == 1 else key}={experiment.get(key)}"

@@ -108,6 +108,8 @@ BASES = {
 """What makes the base of a further stage, beside `pretrained`."""
 DECODING = {"sampled": ("temperature", "top_p"), "beam": ("beams", "length_penalty", "early_stopping")}
 """Keys of `evaluate.decoding` that one method alone reads."""
+ARGUMENTS = ("algorithm", "data")
+"""Sections that hold arguments of functions, which check them."""
 
 
 def stage_one(config: ConfigDict) -> ConfigDict:
@@ -128,8 +130,7 @@ def stage_one(config: ConfigDict) -> ConfigDict:
             if isinstance(stage[key], ConfigDict) != isinstance(value, dict):
                 raise ValueError(f"base.{key} is {value!r}, expected what {key} is in a config")
             if isinstance(value, dict):
-                # These two hold arguments of functions, which check them; a slip elsewhere would go unnoticed.
-                lost = [name for name in value if key not in ("algorithm", "data") and name not in stage[key]]
+                lost = [name for name in value if key not in ARGUMENTS and name not in stage[key]]
                 if lost:
                     raise ValueError(f"base.{key}.{lost[0]} is no key of a config")
                 stage[key].update(value)
@@ -138,18 +139,23 @@ def stage_one(config: ConfigDict) -> ConfigDict:
     return stage
 
 
-def identity(config: ConfigDict) -> dict[str, Any]:
-    """The keys that define an experiment: all but those of speed.
+def complete(settings: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Settings with the defaults of keys that they lack.
 
-    How answers are decoded and where personalization begins are left out where they are the default, as in manifests
-    from before there was a choice.
+    Run directories outlive the release that wrote them, and config files may replace a section with a part of it.
+    Arguments of functions are left as they are.
     """
-    found = {key: value for key, value in config.to_dict().items() if key != "run"}
-    if found["evaluate"].get("decoding") == default_config().evaluate.decoding.to_dict():
-        del found["evaluate"]["decoding"]
-    if found["personalize"].get("round") == 0:
-        del found["personalize"]["round"]
-    return found
+    defaults = default_config().to_dict() if defaults is None else defaults
+    filled = {**defaults, **settings}
+    for key, value in defaults.items():
+        if isinstance(value, dict) and key not in ARGUMENTS and isinstance(settings.get(key), Mapping):
+            filled[key] = complete(settings[key], value)
+    return filled
+
+
+def identity(config: ConfigDict) -> dict[str, Any]:
+    """The keys that define an experiment: all but those of speed."""
+    return {key: value for key, value in config.to_dict().items() if key != "run"}
 
 
 def check_numbers(config: ConfigDict) -> None:
@@ -186,10 +192,9 @@ def _check_decoding(decoding: ConfigDict) -> None:
     plain = default_config().evaluate.decoding
     for method, keys in DECODING.items():
         for key in keys:
-            value = decoding.get(key, plain[key])
-            if method != decoding.method and value != plain[key]:
+            if method != decoding.method and decoding[key] != plain[key]:
                 raise ValueError(
-                    f"evaluate.decoding.{key} is {value}, but evaluate.decoding.method is {decoding.method!r}, "
+                    f"evaluate.decoding.{key} is {decoding[key]}, but evaluate.decoding.method is {decoding.method!r}, "
                     f"expected {method!r}"
                 )
 

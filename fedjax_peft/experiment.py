@@ -20,14 +20,13 @@ from fedjax_peft import (
     loop,
     manifest,
     methods,
-    metrics,
     population,
     processes,
     rank_recovery,
     rounds,
 )
 from fedjax_peft import ground as grounds
-from fedjax_peft.config import called, check_numbers, default_config, identity, stage_one
+from fedjax_peft.config import called, check_numbers, complete, default_config, identity, stage_one
 from fedjax_peft.data import batches, federated, federations, tokenizers
 from fedjax_peft.ground import Ground
 from fedjax_peft.types import Algorithm, Model, PyTree, Task
@@ -52,6 +51,7 @@ def run(config: ConfigDict, workdir: str, begin: Callable[[str], None] = lambda 
     """
     if "study" in config:
         return _study(config, workdir)
+    config = ConfigDict(complete(config.to_dict()))
     stages = _stages(config)
     for stage in stages:
         check_numbers(stage)
@@ -84,8 +84,8 @@ def personalized(workdir: epath.PathLike, client: int) -> Personalized:
     Raises:
       ValueError: the directory holds no finished run, or no such client.
     """
-    found = metrics.read_json(epath.Path(workdir) / "manifest.json")
-    if found is None or "run" not in found or not found["run"]:
+    found = manifest.read(workdir)
+    if found is None or "study" in found["experiment"]:
         raise ValueError(f"workdir {workdir} has no run whose clients could be asked")
     config = ConfigDict(found["experiment"] | {"run": found["run"]})
     stages = _stages(config)
@@ -263,8 +263,7 @@ def _points(
         batches.num_steps(train, lengths["steps"], lengths["epochs"], lengths["batch"])
 
         def draw(ids):
-            # Manifests of runs that begin with the first round's examples do not say so.
-            pure = {"seed": config.seed, "round": settings.personalize.get("round", 0), "widths": widths, "pad": pad}
+            pure = {"seed": config.seed, "round": settings.personalize.round, "widths": widths, "pad": pad}
             own = batches.cohort(train, grounds.within(ids, train), **lengths, **pure)
             budgets = {} if budget is None else {"budget": np.full(len(ids), budget, np.int32)}
             return grounds.with_constants(known, ids, own.replace(constants=own.constants | budgets))

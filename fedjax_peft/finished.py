@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
-from fedjax_peft import evaluate, metrics
+from fedjax_peft import evaluate, manifest, metrics
 
 
 class Run(NamedTuple):
@@ -44,7 +44,7 @@ def read(workdir: epath.PathLike) -> Run:
     for name in ("manifest.json", "clients.parquet", "summary.json"):
         if not (workdir / name).exists():
             raise ValueError(f"workdir {workdir} has no finished run: {name} is missing")
-    manifest, summary = (metrics.read_json(workdir / name) for name in ("manifest.json", "summary.json"))
+    found, summary = manifest.read(workdir), metrics.read_json(workdir / "summary.json")
     first = next(iter(summary["pools"].values()), {})
     points = tuple(point for point in first if point not in ("base", "global"))
     if not points:
@@ -52,9 +52,9 @@ def read(workdir: epath.PathLike) -> Run:
             f"workdir {workdir} has no personalized clients: summary.json has no point but base and global"
         )
     metric = evaluate.headline(first[points[0]])
-    experiment = traverse_util.flatten_dict(manifest["experiment"], sep=".")
-    base = epath.Path(manifest.get("run", {}).get("base_workdir") or workdir / "base")
-    return Run(workdir, base, experiment, manifest["sha256"], summary["rounds"], summary["pools"], metric, points)
+    experiment = traverse_util.flatten_dict(found["experiment"], sep=".")
+    base = epath.Path(found["run"].get("base_workdir") or workdir / "base")
+    return Run(workdir, base, experiment, found["sha256"], summary["rounds"], summary["pools"], metric, points)
 
 
 def seeds(experiment: Mapping[str, Any]) -> dict[str, Any]:

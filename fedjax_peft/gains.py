@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
-from fedjax_peft import console, evaluate, finished, metrics
+from fedjax_peft import console, evaluate, finished, manifest, metrics
 
 Scores = dict[str, dict[str, float]]
 """{scenario: {method: mean over seeds of the mean over seen clients}}."""
@@ -60,10 +60,10 @@ def read(workdirs: Sequence[epath.PathLike]) -> tuple[Scores, dict[str, str]]:
     found: dict[str, dict[str, list[float]]] = {}
     sets, first = {}, {}
     for workdir in map(epath.Path, workdirs):
-        manifest, summary = (metrics.read_json(workdir / name) for name in ("manifest.json", "summary.json"))
-        if manifest is None or summary is None or "pools" not in summary:
+        written, summary = manifest.read(workdir), metrics.read_json(workdir / "summary.json")
+        if written is None or summary is None or "pools" not in summary:
             raise ValueError(f"workdir {workdir} has no finished run whose clients could be compared")
-        settings = traverse_util.flatten_dict(manifest["experiment"], sep=".")
+        settings = traverse_util.flatten_dict(written["experiment"], sep=".")
         data = {key: settings.pop(key) for key in sorted(settings) if key.startswith("data.")}
         kept = [key for key in data if key != "data.aux" and key not in finished.seeds(data)]
         scenario = ", ".join(f"{key.removeprefix('data.')}={data[key]}" for key in kept)

@@ -94,10 +94,8 @@ def answers(config: ConfigDict, ground: Ground, model: Model) -> Callable[..., I
 
 
 def _generator(config: ConfigDict, ground: Ground, model: Model) -> Callable:
-    # Manifests of older runs, and of those that decode greedily, do not say how.
-    decoding = config.evaluate.get("decoding", {})
     own = {"new_tokens": config.evaluate.generate, "end": make_tokenizer(config.model.source).eos, "pad": ground.pad}
-    return called("evaluate.decoding", generate.make_generate, model, **own, **decoding)
+    return called("evaluate.decoding", generate.make_generate, model, **own, **config.evaluate.decoding)
 
 
 @functools.lru_cache(maxsize=1)  # stages, judges and prompts ask for the same one, which takes a second to read

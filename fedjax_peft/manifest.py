@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from fedjax_peft import metrics
+from fedjax_peft.config import complete
 
 PACKAGES = (
     "fedjax_peft",
@@ -28,6 +29,15 @@ PACKAGES = (
 )
 
 
+def read(workdir: epath.PathLike) -> dict[str, Any] | None:
+    """The manifest of a run directory, keys that came after it was written at their defaults; None without one."""
+    found = metrics.read_json(epath.Path(workdir) / "manifest.json")
+    if found is None or "study" in found["experiment"]:
+        return found
+    settings = complete(found["experiment"] | {"run": found.get("run", {})})
+    return found | {"run": settings.pop("run"), "experiment": settings}
+
+
 def check(workdir: epath.PathLike, experiment: Mapping[str, Any], hashes: Mapping[str, str] | None = None) -> None:
     """Raises ValueError with the keys that differ if the run directory holds another experiment.
 
@@ -35,7 +45,7 @@ def check(workdir: epath.PathLike, experiment: Mapping[str, Any], hashes: Mappin
       experiment: the config without what only changes speed.
       hashes: SHA-256 of the base and of the data; None before they are read.
     """
-    manifest = metrics.read_json(epath.Path(workdir) / "manifest.json")
+    manifest = read(workdir)
     if manifest is None:
         return
     old, new = _flat(manifest["experiment"]), _flat(experiment)

@@ -12,7 +12,6 @@ import pytest
 import tokenizers
 
 from fedjax_peft import evaluate, experiment, ground, main, metrics, report, text_metrics
-from fedjax_peft.config import identity
 from fedjax_peft.models import llama
 
 PIECES = ["<pad>", "</s>", *map(chr, range(32, 80))]
@@ -191,14 +190,3 @@ def test_a_missing_package_is_noticed_before_the_rounds(source, tmp_path, monkey
     with pytest.raises(ValueError, match="needs the package 'sacrebleu'"):
         experiment.run(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
-
-
-def test_how_answers_are_decoded_is_part_of_an_experiment_unless_it_is_the_default(source):
-    config = configured(source)
-    plain = identity(config)
-    assert "decoding" not in plain["evaluate"] and config.evaluate.decoding.method == "greedy"
-    del config.evaluate["decoding"]  # as in the manifest of an older run
-    assert identity(config) == plain
-    config = configured(source)
-    config.evaluate.decoding.no_repeat = 2
-    assert identity(config)["evaluate"]["decoding"]["no_repeat"] == 2

@@ -1,18 +1,24 @@
 import pytest
 
 from fedjax_peft import manifest, metrics, rounds
+from fedjax_peft.config import complete, default_config, identity
 
-EXPERIMENT = {"seed": 0, "adapter": {"rank": 8, "targets": "query,value"}}
+EXPERIMENT = identity(default_config())
 
 
 def write(workdir, **hashes):
     manifest.write(workdir, EXPERIMENT, {"chunk": 4}, hashes=hashes, mesh=rounds.make_mesh(2, 2), sizes={"clients": 3})
 
 
+def changed(section, **keys):
+    return EXPERIMENT | {section: EXPERIMENT[section] | keys}
+
+
 def test_it_says_what_a_repetition_needs(tmp_path):
     write(tmp_path / "run", base="b", data="d")
     content = metrics.read_json(tmp_path / "run" / "manifest.json")
-    assert content["experiment"] == EXPERIMENT and content["sha256"] == {"base": "b", "data": "d"}
+    assert content["experiment"]["train"] == EXPERIMENT["train"] and content["run"] == {"chunk": 4}
+    assert content["sha256"] == {"base": "b", "data": "d"}
     assert content["mesh"] == {"clients": 2, "model": 2} and len(content["devices"]) == 4
     assert content["packages"]["jax"] and content["packages"]["fedjax_peft"]
 
@@ -22,8 +28,29 @@ def test_only_the_same_experiment_goes_on(tmp_path):
     write(tmp_path / "run", base="b")
     manifest.check(tmp_path / "run", EXPERIMENT, {"base": "b"})
     with pytest.raises(ValueError, match="adapter.rank was 8 and is 4; choose"):
-        manifest.check(tmp_path / "run", EXPERIMENT | {"adapter": {"rank": 4, "targets": "query,value"}})
+        manifest.check(tmp_path / "run", changed("adapter", rank=4))
     with pytest.raises(ValueError, match="sha256.base was 'b' and is 'c'"):
         manifest.check(tmp_path / "run", EXPERIMENT, {"base": "c"})
-    with pytest.raises(ValueError, match="rounds was None and is 3"):
-        manifest.check(tmp_path / "run", EXPERIMENT | {"rounds": 3})
+    with pytest.raises(ValueError, match="algorithm.mode was None and is 'fo'"):
+        manifest.check(tmp_path / "run", changed("algorithm", mode="fo"))
+
+
+def test_runs_of_older_releases_go_on_while_new_keys_keep_their_defaults(tmp_path):
+    write(tmp_path)
+    content = metrics.read_json(tmp_path / "manifest.json")
+    del content["experiment"]["evaluate"]["decoding"], content["experiment"]["cohort"], content["run"]["chunk"]
+    metrics.write_json(tmp_path / "manifest.json", content)
+    manifest.check(tmp_path, EXPERIMENT)
+    found = manifest.read(tmp_path)
+    assert found["experiment"]["evaluate"]["decoding"] == EXPERIMENT["evaluate"]["decoding"]
+    assert found["experiment"]["cohort"] == EXPERIMENT["cohort"] and found["run"]["chunk"] == 0
+    decoding = EXPERIMENT["evaluate"]["decoding"] | {"no_repeat": 2}
+    with pytest.raises(ValueError, match="evaluate.decoding.no_repeat was 0 and is 2"):
+        manifest.check(tmp_path, changed("evaluate", decoding=decoding))
+
+
+def test_arguments_of_functions_are_not_completed():
+    settings = complete({"algorithm": {"name": "mine"}, "train": {"steps": 3}, "server": {"name": "adam"}})
+    assert settings["algorithm"] == {"name": "mine"} and settings["data"] == EXPERIMENT["data"]
+    assert settings["train"] == EXPERIMENT["train"] | {"steps": 3}
+    assert settings["server"] == EXPERIMENT["server"] | {"name": "adam"}

@@ -188,10 +188,13 @@ def test_experiments_of_one_algorithm_are_told_apart_by_what_differs(tmp_path, c
     assert "over seeds" not in printed
 
 
-def test_a_setting_that_a_run_does_not_name_is_not_in_its_label(tmp_path, capsys):
-    sampled = {"decoding": {"method": "sampled"}}
-    report.compare([write_run(tmp_path / "plain"), write_run(tmp_path / "sampled", evaluate=sampled)])
-    assert [row[0] for row in cells(capsys.readouterr().out)[1:3]] == ["fedit", "fedit method=sampled"]
+def test_an_argument_that_a_run_leaves_to_the_function_is_not_in_its_label(tmp_path, capsys):
+    runs = [write_run(tmp_path / "plain"), write_run(tmp_path / "named")]
+    content = metrics.read_json(runs[1] / "manifest.json")
+    content["experiment"]["algorithm"]["proximal"] = 0.5
+    metrics.write_json(runs[1] / "manifest.json", content)
+    report.compare(runs)
+    assert [row[0] for row in cells(capsys.readouterr().out)[1:3]] == ["fedit", "fedit proximal=0.5"]
 
 
 def test_settings_with_the_same_last_name_keep_their_section(tmp_path, capsys):
