@@ -51,8 +51,11 @@ def solve(
         last = trees.subtract(last, trees.scale(curvature(last), rate))
         return (trees.add(total, last), last), None
 
-    value = _average(lambda batch: objective(end, batch, None)[0], jnp.float32(0), held)
-    v = _average(lambda batch: slope(end, batch), end, held)
+    def validation(batch):
+        (value, _), gradient = jax.value_and_grad(objective, has_aux=True)(end, batch, None)
+        return value, gradient
+
+    value, v = _average(validation, (jnp.float32(0), end), held)
     (total, _), _ = jax.lax.scan(term, (v, v), None, length=terms)
     return value, trees.scale(total, rate), _average(lambda batch: slope(end, batch), end, train)
 
