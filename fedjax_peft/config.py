@@ -1,6 +1,7 @@
 """What an experiment can be told: all keys with their defaults, and the config of its first stage."""
 
 import copy
+import difflib
 import functools
 import re
 from collections.abc import Callable, Mapping
@@ -44,8 +45,7 @@ def default_config() -> ConfigDict:
     config.adapter.dropout = 0.0
     config.adapter.rank_stabilized = False
 
-    config.algorithm = ConfigDict({"name": "fedit", "weighting": "examples", "keep_optimizer": False})
-    config.algorithm.personal_rate = 1.0  # factor on the learning rate in personalization
+    config.algorithm = ConfigDict({"name": "fedit"})  # of algorithms.ALL; other keys are its arguments
     config.server = ConfigDict({"name": "average", "learning_rate": config_dict.placeholder(float)})
     config.server.momentum = 0.9
     config.server.second_momentum = 0.99
@@ -110,6 +110,8 @@ DECODING = {"sampled": ("temperature", "top_p"), "beam": ("beams", "length_penal
 """Keys of `evaluate.decoding` that one method alone reads."""
 ARGUMENTS = ("algorithm", "data")
 """Sections that hold arguments of functions, which check them."""
+OPEN = (*ARGUMENTS, "base", "points")
+"""Sections with keys of their own; those of the last two are checked where they become configs."""
 
 
 def stage_one(config: ConfigDict) -> ConfigDict:
@@ -122,21 +124,33 @@ def stage_one(config: ConfigDict) -> ConfigDict:
     stage.evaluate.every = None
     for key in ("seed", "data", "task", "max_length", "widths", "model", "run"):
         stage[key] = copy.deepcopy(config[key])
+    check_keys(own, "base.")
     for settings in (BASES[name], own):
-        unknown = [key for key in settings if key not in stage]
-        if unknown:
-            raise ValueError(f"base.{unknown[0]} is no key of a config")
         for key, value in settings.items():
-            if isinstance(stage[key], ConfigDict) != isinstance(value, dict):
-                raise ValueError(f"base.{key} is {value!r}, expected what {key} is in a config")
             if isinstance(value, dict):
-                lost = [name for name in value if key not in ARGUMENTS and name not in stage[key]]
-                if lost:
-                    raise ValueError(f"base.{key}.{lost[0]} is no key of a config")
                 stage[key].update(value)
             else:
                 stage[key] = value
     return stage
+
+
+def check_keys(settings: Mapping[str, Any], prefix: str = "", known: Mapping[str, Any] | None = None) -> None:
+    """Raises ValueError for a key that no config has, and for a section that is none.
+
+    Args:
+      settings: of a config, or of a part of it.
+      prefix: path of that part, with a dot at its end.
+      known: the same part of the defaults; None is all of them.
+    """
+    known = default_config().to_dict() if known is None else known
+    for key, value in settings.items():
+        if key not in known:
+            similar = difflib.get_close_matches(key, known, 1)
+            raise ValueError(f"{prefix}{key} is no key of a config{f'; is {similar[0]} meant?' if similar else ''}")
+        if isinstance(known[key], dict) != isinstance(value, Mapping):
+            raise ValueError(f"{prefix}{key} is {value!r}, expected what {key} is in a config")
+        if isinstance(value, Mapping) and key not in OPEN:
+            check_keys(value, f"{prefix}{key}.", known[key])
 
 
 def complete(settings: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:

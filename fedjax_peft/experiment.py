@@ -26,7 +26,7 @@ from fedjax_peft import (
     rounds,
 )
 from fedjax_peft import ground as grounds
-from fedjax_peft.config import called, check_numbers, complete, default_config, identity, stage_one
+from fedjax_peft.config import called, check_keys, check_numbers, complete, default_config, identity, stage_one
 from fedjax_peft.data import batches, federated, federations, tokenizers
 from fedjax_peft.ground import Ground
 from fedjax_peft.types import Algorithm, Model, PyTree, Task
@@ -51,6 +51,7 @@ def run(config: ConfigDict, workdir: str, begin: Callable[[str], None] = lambda 
     """
     if "study" in config:
         return _study(config, workdir)
+    check_keys(config.to_dict())
     config = ConfigDict(complete(config.to_dict()))
     stages = _stages(config)
     for stage in stages:
@@ -213,9 +214,10 @@ def _train(
     Only the last one evaluates its end: it begins with what the one before came to.
     """
     own, base = identity(config), ground.pretrained.base
-    manifest.check(workdir, own, ground.hashes)
+    hashes = ground.hashes | methods.sources(config)
+    manifest.check(workdir, own, hashes)
     sizes = grounds.sizes(ground.federation, base)
-    manifest.write(workdir, own, config.run.to_dict(), hashes=ground.hashes, mesh=stage.mesh, sizes=sizes)
+    manifest.write(workdir, own, config.run.to_dict(), hashes=hashes, mesh=stage.mesh, sizes=sizes)
     placed = rounds.shard_base(base, stage.mesh)
     stage = _knowing(config, ground, stage, placed, workdir)
     return loop.run(

@@ -75,9 +75,9 @@ def read(workdirs: Sequence[epath.PathLike]) -> tuple[Scores, dict[str, str]]:
             raise ValueError(
                 f"workdirs {other} and {workdir} both hold {name} but differ in {differ[0]}: give one of them"
             )
-        for point, title in (("personal", name), ("global", f"{name} (global)")):
-            if point in summary["pools"]["seen"]:
-                statistics = summary["pools"]["seen"][point]
+        for point, statistics in summary["pools"]["seen"].items():
+            title = {"personal": name, "global": f"{name} (global)"}.get(point, point)
+            if point != "base":
                 value = statistics[evaluate.headline(statistics)]["mean"]
                 found.setdefault(scenario, {}).setdefault(title, []).append(value)
     short = _short(list(found))

@@ -154,7 +154,9 @@ COMMANDS = {function.__name__: function for function in (run, generate, report, 
 def _flags(arguments: list[str], needed: dict[str, str], further: flags.FlagValues | None = None) -> flags.FlagValues:
     """Flags with `--config`; those of `needed`, {name: help}, must be given too."""
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", help_string="experiment file", flag_values=values)
+    # Keys that a config does not have yet may be arguments of its functions; others are refused with the config.
+    settings = {"lock_config": False, "accept_new_attributes": True}
+    config_flags.DEFINE_config_file("config", help_string="experiment file", flag_values=values, **settings)
     for name, text in needed.items():
         flags.DEFINE_string(name, None, text, flag_values=values)
     values.append_flag_values(further or flags.FlagValues())

@@ -27,6 +27,8 @@ PACKAGES = (
     "tokenizers",
     "ml-collections",
 )
+LOCATIONS = ("data.source", "data.cache", "model.source")
+"""Keys of a config that may differ where a run goes on, as on another machine, if what lies there is the same."""
 
 
 def read(workdir: epath.PathLike) -> dict[str, Any] | None:
@@ -49,6 +51,9 @@ def check(workdir: epath.PathLike, experiment: Mapping[str, Any], hashes: Mappin
     if manifest is None:
         return
     old, new = _flat(manifest["experiment"]), _flat(experiment)
+    for key in LOCATIONS:  # what was read there is in the hashes
+        if key in old and key in new:
+            del old[key], new[key]
     if hashes is not None:
         old, new = old | _flat({"sha256": manifest["sha256"]}), new | _flat({"sha256": hashes})
     changes = [
@@ -69,18 +74,19 @@ def write(
     mesh: jax.sharding.Mesh,
     sizes: Mapping[str, Any],
 ) -> None:
-    """Writes the manifest: config, seed, commit, versions, devices, mesh, sizes and hashes of base weights and data."""
+    """Writes the manifest: config, seed, commit, versions, devices, mesh, sizes and hashes of base weights and data.
+
+    A run that goes on keeps what is written of its start, and adds the command, the versions and the devices of each
+    further one under `resumed`; one that is finished stays as it is.
+    """
     workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    content = {
-        "experiment": experiment,
-        "run": run,
-        "sha256": hashes,
-        "sizes": sizes,
-        "command": sys.argv,
-        **environment(),
-        "mesh": dict(mesh.shape),
-    }
+    start = {"command": sys.argv, **environment(), "mesh": dict(mesh.shape)}
+    content = metrics.read_json(workdir / "manifest.json")
+    if content is None:
+        content = {"experiment": experiment, "run": run, "sha256": hashes, "sizes": sizes, **start}
+    elif not (workdir / "summary.json").exists():
+        content |= {"run": run, "resumed": [*content.get("resumed", ()), start]}
     metrics.write_json(workdir / "manifest.json", content)
 
 

@@ -1,7 +1,10 @@
 """What a config trains: model, task, method, and what is recorded of it."""
 
 import functools
+import hashlib
 import inspect
+import pathlib
+import runpy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +13,34 @@ from ml_collections import ConfigDict
 
 from fedjax_peft import adapters, aggregate, algorithms, local, loop, ranks, spectra, tasks
 from fedjax_peft.algorithms import expert_embeddings, fedprompt, mutual, personal_base
-from fedjax_peft.config import called, named
+from fedjax_peft.config import called, check_keys, named
 from fedjax_peft.data import federations
 from fedjax_peft.ground import make_tokenizer
 from fedjax_peft.types import Algorithm, Model, PyTree, Task
+
+
+def find(name: str) -> Callable[..., Algorithm]:
+    """The function of a method: one of `algorithms.ALL` by its name, or one of your own as FILE.py:FUNCTION."""
+    path, own, function = name.rpartition(":")
+    if not own:
+        return named("algorithm", name, algorithms.ALL)
+    found = _read(path)
+    if function not in found:
+        raise ValueError(f"algorithm.name is {name!r}, but {path} has no function {function}")
+    return found[function]
+
+
+@functools.lru_cache  # one reading, so that all stages and points of a run have the same function
+def _read(path: str) -> dict[str, Any]:
+    if not pathlib.Path(path).is_file():
+        raise ValueError(f"algorithm.name asks for the file {path}, which does not exist")
+    return runpy.run_path(path)
+
+
+def sources(config: ConfigDict) -> dict[str, str]:
+    """SHA-256 of the file of a method of your own, which identifies a run as its config does."""
+    path, own, _ = config.algorithm.name.rpartition(":")
+    return {"algorithm": hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()} if own else {}
 
 
 def abstract(
@@ -47,12 +74,13 @@ def make(config: ConfigDict, model: Model, task: Task, base: PyTree, clients: in
     """
     init_adapters = initializer(config, base)
     settings = _settings(config)
-    factory = named("algorithm", settings.pop("name"), algorithms.ALL)
+    factory = find(settings.pop("name"))
     if "clients" in inspect.signature(factory).parameters:
         settings = {"clients": clients} | settings
     if config.server.name != "average" or config.server.learning_rate is not None:
         settings["server_optimizer"] = called("server", aggregate.server_optimizer, **config.server)
-    if config.rounds:
+    # A method that has no use for one is spared the one that changes nothing.
+    if config.rounds and (_takes(factory, "schedule") or config.schedule.name != "constant"):
         settings["schedule"] = called("schedule", local.make_schedule, rounds=config.rounds, **config.schedule)
     optimizer = called("optimizer", local.make_optimizer, **config.optimizer)
     if not parts:
@@ -79,8 +107,13 @@ def wants_aux(config: ConfigDict) -> bool:
 
 
 def _defaults(config: ConfigDict) -> dict[str, Any]:
-    factory = named("algorithm", config.algorithm.name, algorithms.ALL)
+    factory = find(config.algorithm.name)
     return {name: of.default for name, of in inspect.signature(factory).parameters.items()}
+
+
+def _takes(factory: Callable, name: str) -> bool:
+    parameters = inspect.signature(factory).parameters
+    return name in parameters or any(of.kind is of.VAR_KEYWORD for of in parameters.values())
 
 
 def _settings(config: ConfigDict) -> dict[str, Any]:
@@ -110,16 +143,13 @@ def rivals(
     """The further ways to personalize of `config.points`: name, algorithm, config."""
     rivals = []
     for name, sections in config.points.items():
+        check_keys(sections.to_dict(), f"points.{name}.")
         settings = ConfigDict(config.to_dict())
         for section, values in sections.items():
             if section not in ("algorithm", "optimizer", "personalize"):
                 raise ValueError(f"points.{name}.{section} cannot differ, only algorithm, optimizer and personalize")
             if section == "algorithm" and values.get("name", config.algorithm.name) != config.algorithm.name:
                 settings.algorithm = {}
-            # An algorithm's settings are arguments of its factory, which checks them; a slip here would go unnoticed.
-            lost = [key for key in values if section != "algorithm" and key not in settings[section]]
-            if lost:
-                raise ValueError(f"points.{name}.{section}.{lost[0]} is no key of a config")
             settings[section].update(values.to_dict())
         method = make(settings, model, task, base, clients, parts)
         trained = settings.algorithm.name == config.algorithm.name

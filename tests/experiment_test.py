@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from fedjax_peft import experiment, ground, metrics, records
+from fedjax_peft import experiment, ground, methods, metrics, records
 from fedjax_peft.data import federated
 
 
@@ -103,6 +103,44 @@ def test_personalization_may_go_on_where_training_ended(load):
     assert (walks[0] != walks[3]).any()
 
 
+MINE = """
+from fedjax_peft.algorithms import fedavg
+
+def mine(model, task, init_adapters, optimizer, *, share=0.5):
+    federated = fedavg.fedit(model, task, init_adapters, optimizer)
+
+    def server_update(server, sums):
+        new, metrics = federated.server_update(server, sums)
+        return new, metrics | {"share": share}
+
+    return federated._replace(server_update=server_update)
+"""
+
+
+def test_a_method_in_a_file_of_ones_own(load, tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    config = load({})
+    config.algorithm = {"name": f"{tmp_path}/mine.py:mine", "share": 0.25}
+    experiment.run(config, str(tmp_path / "run"))
+    (line,) = metrics.read_lines(tmp_path / "run" / "rounds.jsonl")
+    assert line["share"] == 0.25 and np.isfinite(line["loss"])
+    methods._read.cache_clear()
+    (tmp_path / "mine.py").write_text(MINE.replace("0.5", "0.75"))
+    with pytest.raises(ValueError, match="sha256.algorithm was"):
+        experiment.run(config, str(tmp_path / "run"))
+    config.algorithm.name = f"{tmp_path}/mine.py:yours"
+    with pytest.raises(ValueError, match="mine.py has no function yours"):
+        experiment.run(config, str(tmp_path / "other"))
+
+
+def test_a_method_without_schedules_is_refused_one_that_changes_something(load, tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    config = load({"schedule.name": "linear"})
+    config.algorithm = {"name": f"{tmp_path}/mine.py:mine"}
+    with pytest.raises(ValueError, match="algorithm.schedule is not a setting of mine"):
+        experiment.run(config, str(tmp_path / "run"))
+
+
 STAGES = {
     "base": {"name": "fedit", "seed": 42, "rounds": 1, "cohort": 3, "train": {"steps": 2}},
     "adapter": {"rank": 4, "targets": "all-linear", "head": "lora"},
@@ -194,6 +232,9 @@ MISTAKES = {
     "base.roundz is no key of a config": {"base": {"roundz": 3}},
     "base.train.stepz is no key of a config": {"base": {"train": {"stepz": 3}}},
     "base.optimizer is 3, expected what optimizer is in a config": {"base": {"optimizer": 3}},
+    "cohrt is no key of a config; is cohort meant": {"cohrt": 3},
+    "adapter.rnk is no key of a config; is rank meant": {"adapter": {"rnk": 3}},
+    "algorithm.name asks for the file mine.py, which does not exist": {"algorithm": {"name": "mine.py:mine"}},
     "algorithm.tap_dtype is 'int8'": {"algorithm": {"name": "fedp2eft", "tap_dtype": "int8"}},
     "a budget is 5 ranks a site, expected 1 to adapter.rank, which is 4": {"personalize": {"budgets": (5,)}},
     "points.x: fedit learns in rounds, so it needs a run of its own": {

@@ -64,6 +64,16 @@ def test_runs_are_averaged_over_seeds_and_models_before_local_steps_are_others(t
         gains.read([tmp_path / "nothing"])
 
 
+def test_methods_of_one_run_are_its_points(tmp_path):
+    write(tmp_path / "run", 0.1, "fedp2eft", 0, 0.6, 0.5)
+    content = metrics.read_json(tmp_path / "run" / "summary.json")
+    seen = content["pools"]["seen"]
+    seen |= {"base": seen["global"], "fedp2eft r2": seen.pop("personal"), "lora r2": seen.pop("global")}
+    metrics.write_json(tmp_path / "run" / "summary.json", content)
+    scores, _ = gains.read([tmp_path / "run"])
+    assert scores == {"name=snli": {"fedp2eft r2": 0.6, "lora r2": 0.5}}
+
+
 def test_how_rows_were_drawn_is_no_scenario(tmp_path):
     for run, partition in enumerate(({"partition": {"seed": 42}}, {"partition": {"seed": 62}})):
         write(tmp_path / f"ours{run}", 0.1, "fedamole", run, 0.6, 0.9, **partition)

@@ -44,3 +44,18 @@ def test_a_mistake_in_a_config_file_is_one_line_that_says_where(tmp_path, monkey
             main.main()
         said = capsys.readouterr().err
         assert stopped.value.code == 2 and sentence in said and said.count("\n") == 1
+
+
+def test_arguments_of_functions_are_given_by_flag(tmp_path, monkeypatch):
+    (tmp_path / "config.py").write_text("from fedjax_peft.config import default_config as get_config\n")
+
+    def config(*told):
+        arguments = [f"--config={tmp_path}/config.py", *(f"--config.{one}" for one in told)]
+        monkeypatch.setattr(sys, "argv", ["fedjax-peft", "run", *arguments])
+        return main._flags(arguments, {}).config
+
+    found = config("algorithm.name=pf2lora", "algorithm.client_rank=3", "data.source=mine", "rounds=2")
+    assert found.algorithm.to_dict() == {"name": "pf2lora", "client_rank": 3}
+    assert found.data.source == "mine" and found.rounds == 2
+    with pytest.raises(ValueError, match="config.rounds"):
+        config("rounds=many")

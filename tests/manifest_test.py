@@ -1,7 +1,7 @@
 import pytest
 
 from fedjax_peft import manifest, metrics, rounds
-from fedjax_peft.config import complete, default_config, identity
+from fedjax_peft.config import check_keys, complete, default_config, identity
 
 EXPERIMENT = identity(default_config())
 
@@ -35,6 +35,26 @@ def test_only_the_same_experiment_goes_on(tmp_path):
         manifest.check(tmp_path / "run", changed("algorithm", mode="fo"))
 
 
+def test_what_was_read_may_lie_elsewhere_if_it_is_the_same(tmp_path):
+    write(tmp_path, base="b")
+    moved = changed("model", source="/elsewhere")
+    manifest.check(tmp_path, moved, {"base": "b"})
+    with pytest.raises(ValueError, match="sha256.base was 'b' and is 'c'; choose"):
+        manifest.check(tmp_path, moved, {"base": "c"})
+
+
+def test_a_run_that_goes_on_keeps_what_is_written_of_its_start(tmp_path, monkeypatch):
+    write(tmp_path)
+    monkeypatch.setattr("sys.argv", ["fedjax-peft", "run", "again"])
+    write(tmp_path)
+    content = metrics.read_json(tmp_path / "manifest.json")
+    assert "again" not in content["command"] and [start["command"][-1] for start in content["resumed"]] == ["again"]
+    assert content["resumed"][0]["packages"] == content["packages"]
+    metrics.write_json(tmp_path / "summary.json", {})
+    write(tmp_path)
+    assert metrics.read_json(tmp_path / "manifest.json") == content
+
+
 def test_runs_of_older_releases_go_on_while_new_keys_keep_their_defaults(tmp_path):
     write(tmp_path)
     content = metrics.read_json(tmp_path / "manifest.json")
@@ -54,3 +74,15 @@ def test_arguments_of_functions_are_not_completed():
     assert settings["algorithm"] == {"name": "mine"} and settings["data"] == EXPERIMENT["data"]
     assert settings["train"] == EXPERIMENT["train"] | {"steps": 3}
     assert settings["server"] == EXPERIMENT["server"] | {"name": "adam"}
+
+
+def test_keys_that_no_config_has():
+    check_keys(EXPERIMENT | {"algorithm": {"name": "mine", "new": 1}})
+    for settings, sentence in (
+        ({"droput_rate": 0.1}, "droput_rate is no key of a config; is dropout_rate meant"),
+        ({"run": {"mesh": {"client": 2}}}, "run.mesh.client is no key of a config; is clients meant"),
+        ({"evaluate": 3}, "evaluate is 3, expected what evaluate is in a config"),
+        ({"rounds": {"many": 3}}, "expected what rounds is"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            check_keys(settings)
