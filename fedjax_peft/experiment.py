@@ -20,6 +20,7 @@ from fedjax_peft import (
     loop,
     manifest,
     methods,
+    one_client,
     population,
     processes,
     rank_recovery,
@@ -31,7 +32,7 @@ from fedjax_peft.data import batches, federated, federations, tokenizers
 from fedjax_peft.ground import Ground
 from fedjax_peft.types import Algorithm, Model, PyTree, Task
 
-__all__ = ["default_config", "personalized", "run"]
+__all__ = ["default_config", "personalized", "rebuilt", "run"]
 
 
 def run(config: ConfigDict, workdir: str, begin: Callable[[str], None] = lambda stage: None) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def run(config: ConfigDict, workdir: str, begin: Callable[[str], None] = lambda 
     if not built[-1].points:
         raise ValueError("personalize needs either steps or epochs, which may be 0")
     if len(stages) == 2:
-        ground = _further(stages[0], ground, built[0], _base_workdir(config, workdir), begin)
+        ground, _ = _further(stages[0], ground, built[0], _base_workdir(config, workdir), begin)
         built[-1] = _Stage.make(config, ground)
     return _train(config, ground, built[-1], workdir, begin)
 
@@ -85,36 +86,39 @@ def personalized(workdir: epath.PathLike, client: int) -> Personalized:
     Raises:
       ValueError: the directory holds no finished run, or no such client.
     """
+    run = rebuilt(workdir)
+    own = one_client.adapt(run, workdir, client)
+    return Personalized(run.stage.model, run.base, own, grounds.make_tokenizer(run.config.model.source))
+
+
+class Rebuilt(NamedTuple):
+    """A finished run, built again from its directory."""
+
+    config: ConfigDict
+    ground: Ground
+    stage: "_Stage"
+    base: PyTree  # on the mesh
+    shared: PyTree  # adapters of stage 1 that are merged into the base; None without one
+
+
+def rebuilt(workdir: epath.PathLike) -> Rebuilt:
+    """All that a run was made of.
+
+    Raises:
+      ValueError: the directory holds no run with clients.
+    """
     found = manifest.read(workdir)
     if found is None or "study" in found["experiment"]:
         raise ValueError(f"workdir {workdir} has no run whose clients could be asked")
     config = ConfigDict(found["experiment"] | {"run": found["run"]})
-    stages = _stages(config)
-    ground = grounds.load(config, stages[0].seed)
-    count = len(ground.federation.names)
-    if not 0 <= client < count:
-        raise ValueError(f"--client is {client}, expected 0 to {count - 1}")
-    if len(stages) == 2:
-        first = _Stage.make(stages[0], ground)
-        ground = _further(stages[0], ground, first, _base_workdir(config, workdir), lambda stage: None)
+    first, *further = _stages(config)
+    ground, shared = grounds.load(config, first.seed), None
+    if further:
+        before, folder = _Stage.make(first, ground), _base_workdir(config, workdir)
+        ground, shared = _further(first, ground, before, folder, lambda stage: None)
     stage = _Stage.make(config, ground)
-    placed = rounds.shard_base(ground.pretrained.base, stage.mesh)
-    stage = _knowing(config, ground, stage, placed, workdir)
-    point = next(iter(stage.points.values()))
-    server, people = loop.final(stage.algorithm, stage.mesh, len(stage.clients.names), workdir)
-    group = rounds.slots_for(1, stage.mesh, 1)
-    ids = np.array([client] + [len(stage.clients.names)] * (group - 1), np.int32)
-    own = rounds.make_personalize(point.algorithm, stage.mesh, 1)(
-        placed,
-        server,
-        *rounds.place(population.gather(people, ids), stage.mesh),
-        rounds.place(point.support(ids), stage.mesh),
-        rounds.place(ids, stage.mesh),
-        config.rounds,
-        jax.random.key(config.seed),
-    )
-    tuned = jax.tree.map(lambda leaf: leaf[0], own)
-    return Personalized(stage.model, placed, tuned, grounds.make_tokenizer(config.model.source))
+    base = rounds.shard_base(ground.pretrained.base, stage.mesh)
+    return Rebuilt(config, ground, _knowing(config, ground, stage, base, workdir), base, shared)
 
 
 def _study(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -180,8 +184,8 @@ def _clients(
 
 def _further(
     config: ConfigDict, ground: Ground, stage: _Stage, workdir: epath.PathLike, begin: Callable[[str], None]
-) -> Ground:
-    """The ground after stage 1: what it trained is merged into the base, what clients kept stands beside it."""
+) -> tuple[Ground, PyTree]:
+    """The ground after stage 1: what it trained, returned too, is merged into the base; what clients kept is beside."""
     _train(config, ground, stage, workdir, begin, last=False)
     federation = ground.federation
     server, people = loop.final(stage.algorithm, stage.mesh, len(federation.names), workdir)
@@ -197,7 +201,7 @@ def _further(
         # Clients that took no part in stage 1 have no base of their own.
         federation = federation._replace(pools={"seen": seen})
     hashes = ground.hashes | {"stage1": manifest.digest((shared, parts))}
-    return Ground(federation, ground.pad, pretrained, hashes, parts)
+    return Ground(federation, ground.pad, pretrained, hashes, parts), shared
 
 
 def _train(

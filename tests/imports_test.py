@@ -84,10 +84,15 @@ ALLOWED = {
     "report": {"comparison", "console", "evaluate", "finished", "metrics", "plots"},
     "loop": PURE | RUN,
     "config": set(),
+    "one_client": PURE | {"loop", "population", "rounds"},
     "rank_recovery": ENGINE | {"algorithms", "metrics", "rounds"},
     "ground": {"types", "config", "data", "evaluate", "generate", "loop", "models", "text_metrics"},
     "methods": ENGINE | {"algorithms", "config", "data", "ground", "loop"},
-    "experiment": ENGINE | RUN | {"config", "data", "ground", "loop", "manifest", "methods", "rank_recovery"},
+    "experiment": ENGINE
+    | RUN
+    | {"config", "data", "ground", "loop", "manifest", "methods", "one_client", "rank_recovery"},
+    "export": PURE
+    | {"adapters", "config", "data", "experiment", "ground", "manifest", "mixture", "models", "one_client"},
     "bench_torch": set(),
     "bench_job": ENGINE | {"algorithms", "data", "models", "rounds"},
     "bench_population": PURE | {"console", "data", "loop", "manifest", "metrics", "rounds"},
@@ -102,6 +107,7 @@ ALLOWED = {
         "bench_population",
         "doctor",
         "experiment",
+        "export",
         "gains",
         "generate",
         "loop",
