@@ -75,6 +75,80 @@ def test_a_table_without_a_test_split_and_with_unseen_clients(encode, source, tm
     assert set(federation.groups) == {"all"}
 
 
+@pytest.fixture
+def people(tmp_path):
+    """Rows of 50 users, two each, but one of `u48` and ten of `u49`; and their files in a folder."""
+    sizes = [2] * 48 + [1, 10]
+    rows = [{"text": f"{i} {k}", "label": (i + k) % 2, "user": f"u{i:02}"} for i in range(50) for k in range(sizes[i])]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "files").mkdir()
+    for user in {row["user"] for row in rows}:
+        own = [json.dumps(row) for row in rows if row["user"] == user]
+        (tmp_path / "files" / f"{user}.jsonl").write_text("\n".join(own))
+    return tmp_path
+
+
+def of_people(encode, folder, **changes):
+    partition = {"name": "natural_id", "column": "user", "seed": 0}
+    own = {"source": str(folder / "all.jsonl"), "text": "text", "partition": partition, "cache": str(folder / "cache")}
+    return federations.table(encode, **own | changes)
+
+
+def test_people_hold_their_own_rows_out_and_keep_their_names(encode, people):
+    made = of_people(encode, people)
+    assert made.names == tuple(f"u{i:02}" for i in range(50))
+    held = np.stack([federated.sizes(store) for store in (made.train, made.test)])
+    assert held[:, :48].tolist() == [[1] * 48] * 2 and held[:, 48:].tolist() == [[1, 8], [0, 2]]
+    for client in range(50):
+        own = texts_of(made.train, client) + texts_of(made.test, client)
+        assert len(set(own)) == len(own)
+        # Letters of the user's number.
+        assert {text[1:3] if client > 9 else text[1:2] for text in own} == {own[0][1:3] if client > 9 else own[0][1:2]}
+    assert texts_of(made.test, 49) == texts_of(of_people(encode, people).test, 49)
+    other = {"name": "natural_id", "column": "user", "seed": 1, "min_size": 2}
+    other = of_people(encode, people, partition=other)
+    assert len(other.names) == 49 and other.names[48] == "u49" and federated.sizes(other.test).min() == 1
+    assert [texts_of(other.test, i) for i in range(48)] != [texts_of(made.test, i) for i in range(48)]
+    with pytest.raises(ValueError, match="data.test_fraction is 1, expected between 0 and 1"):
+        of_people(encode, people, test_fraction=1)
+
+
+def test_a_folder_with_a_file_for_each_client(encode, people):
+    by_file = {"name": "natural_id", "column": "file", "seed": 0}
+    made = of_people(encode, people, source=str(people / "files"), train="*", partition=by_file)
+    whole = of_people(encode, people)
+    assert made.names == whole.names and federated.digest(made.train) == federated.digest(whole.train)
+    assert federated.digest(made.test) == federated.digest(whole.test)
+
+
+def test_a_file_has_no_splits(encode, people):
+    partition = {"name": "iid", "clients": 3, "seed": 0}
+    made = of_people(encode, people, partition=partition)
+    held = [text for client in range(3) for store in (made.train, made.test) for text in texts_of(store, client)]
+    assert len(held) == 107 and federated.sizes(made.test).sum() == 21
+    same = of_people(encode, people, partition=partition, test=None)
+    assert federated.digest(made.test) == federated.digest(same.test)
+    for test in ("test", "validation"):
+        with pytest.raises(ValueError, match=f"data.test is '{test}', but .*all.jsonl has no splits: set data.test to"):
+            of_people(encode, people, partition=partition, test=test)
+    with pytest.raises(ValueError, match="all.jsonl is one file, but data.configs asks for its subset 'en'"):
+        of_people(encode, people, partition=partition, configs=("en",))
+
+
+def test_texts_that_are_cut_are_counted(encode, people):
+    made = of_people(encode, people)
+    assert made.lost == {"train_cut": 0, "test_cut": 0}
+    path = people / "all.jsonl"
+    # With two special tokens 14 letters fit into 16 tokens.
+    path.write_text(path.read_text().replace('"48 0"', '"123456789 1234"').replace('"49 3"', '"123456789 12345"'))
+    made = of_people(encode, people)
+    assert sum(made.lost.values()) == 1
+    path.write_text(path.read_text().replace('"123456789 1234"', '"123456789 123456789 123456789"'))
+    assert sum(of_people(encode, people).lost.values()) == 2
+    pairs = of_people(encode, people, text=("text", "text"))
+    assert sum(pairs.lost.values()) == 2
+
+
 def texts_of(store, client):
     """The token sequences of a client's examples, in their order."""
     return [tuple(np.split(store.tokens, store.token_offsets[1:-1])[row]) for row in federated.rows(store, client)]

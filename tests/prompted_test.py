@@ -81,7 +81,7 @@ def test_shares_of_a_client_as_published():
 
 def test_rows_are_divided_and_long_prompts_left_out(table):
     federation = make(table)
-    assert federation.task == "causal" and federation.names == ("a/0", "b/0", "c/0") and federation.score is None
+    assert federation.task == "causal" and federation.names == ("a", "b", "c") and federation.score is None
     parts = [[texts(store, client) for store in stores(federation).values()] for client in range(3)]
     assert [sum(map(len, own)) for own in parts] == [40, 39, 40]
     assert [len(part) for part in parts[0]] == [30, 2, 4, 4]
@@ -94,6 +94,31 @@ def test_rows_are_divided_and_long_prompts_left_out(table):
     none = make(table, aux=0.0, validation=0.0)
     assert none.aux is None and none.validation is None and list(stores(none)) == ["train", "test"]
     assert texts(none.test, 0) == parts[0][3] and len(texts(none.train, 0)) == 36
+
+
+def test_what_is_left_out_and_cut_is_counted(table, tmp_path):
+    rows = [json.loads(line) for line in pathlib.Path(table).read_text().splitlines()]
+    for i in range(1, 120, 3):
+        rows[i]["output"] = "y" * (
+            40 - len(f"do {i}\n") - 1 + (i in (1, 4))
+        )  # one letter too long, beside the end token
+    made = make(write(tmp_path / "long.jsonl", rows), aux=0.0, validation=0.0)
+    assert sum(made.lost[f"{part}_left_out"] for part in prompted.PARTS) == 1
+    assert made.lost["train_cut"] + made.lost["test_cut"] == 2
+    whole = make(table, train_limit=5)
+    assert not sum(whole.lost[f"{part}_cut"] for part in prompted.PARTS)
+    assert {name for name in whole.lost} == {
+        f"{part}_{kind}" for part in prompted.PARTS for kind in ("cut", "left_out")
+    }
+
+
+def test_a_file_has_no_split_of_tests(table, tmp_path):
+    with pytest.raises(ValueError, match="data.test is 'test', but .*rows.jsonl has no splits: set data.test to None"):
+        make(table, test="test")
+    rows = [{"meaning_representation": f"name[{i}], food[Thai]", "human_reference": f"{i}"} for i in range(40)]
+    made = data_to_text.e2e(LETTERS, source=write(tmp_path / "e2e.jsonl", rows), max_length=60, clients=1)
+    held = [prompt for store in stores(made).values() for prompt, _ in texts(store, 0)]
+    assert len(set(held)) == len(held) == 40 and len(texts(made.test, 0)) == 4
 
 
 def test_limits_keep_the_first_rows_of_a_client(table):
@@ -112,7 +137,7 @@ def test_a_tiny_client_gives_training_rows_to_what_would_be_empty(tmp_path):
     assert sorted(prompt for store in stores(small).values() for prompt, _ in texts(store, 1)) == [
         f"do {i}\n" for i in range(4)
     ]
-    with pytest.raises(ValueError, match="client b/0 has too few rows .* one each for train, aux, validation, test"):
+    with pytest.raises(ValueError, match="client b has too few rows .* one each for train, aux, validation, test"):
         make(write(tmp_path / "tiny.jsonl", rows[1:]))
 
 
@@ -236,7 +261,7 @@ def test_clients_of_aya_keep_their_numbers(kind, tmp_path):
         for _ in range(10)
     ]
     made = instruction_sets.fed_aya(LETTERS, source=write(tmp_path / "aya.jsonl", rows), max_length=300)
-    assert made.names == ("2@en", "21@te", "34@en") and made.groups == ("en", "te", "en")
+    assert made.names == ("2", "21", "34") and made.groups == ("en", "te", "en")
     assert made.pools["seen"].tolist() == [0] and made.pools["unseen"].tolist() == [1, 2]
     assert [len(texts(store, 0)) for store in (made.train, made.test)] == [8, 2]
     assert texts(made.train, 0)[0][0].endswith("### Instruction:\ni \n\n### Response:")

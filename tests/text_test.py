@@ -71,6 +71,28 @@ def test_splits_are_joined_in_the_order_given(tmp_path):
     assert text.read(tmp_path / "train.parquet", split="train+validation")["label"].tolist() == [1, 0, -1]
 
 
+def test_every_file_of_a_folder(tmp_path):
+    write(tmp_path / "zoe.jsonl", ROWS[:1])
+    write(tmp_path / "ann.csv", ROWS[1:])
+    (tmp_path / "notes.txt").write_text("no table")
+    table = text.read(tmp_path, split="*", columns=["label"])
+    assert table["file"].tolist() == ["ann", "ann", "zoe"] and table["label"].tolist() == [0, -1, 1]
+    write(tmp_path / "bob.jsonl", [{"text": "x"}])
+    with pytest.raises(ValueError, match="the columns of 'bob.jsonl' and 'ann.csv' differ"):
+        text.read(tmp_path, split="*")
+    with pytest.raises(ValueError, match="has no file of a known kind"):
+        text.read(tmp_path, split="*", config="fr")
+
+
+def test_where_tests_come_from(tmp_path):
+    file = str(write(tmp_path / "rows.csv"))
+    for test in (None, "auto"):
+        assert text.splits(file, "train", test) == {"train": "train"}
+        assert text.splits(str(tmp_path), "*", test) == {"train": "*"}
+    assert text.splits(str(tmp_path), "train", "auto", "dev") == {"train": "train", "test": "dev"}
+    assert text.splits("someone/data", "train", "test") == {"train": "train", "test": "test"}
+
+
 def test_unlabelled_rows_are_left_out(tmp_path):
     table = text.labelled(text.read(write(tmp_path / "a.parquet"), split="train"))
     assert table["text"].tolist() == ['He said "no', "zwei, drei"]

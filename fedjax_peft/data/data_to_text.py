@@ -27,7 +27,7 @@ def webnlg(
     max_length: int,
     clients: int = 8,
     train: str = "train",
-    test: str | None = "test",
+    test: str | None = text_data.AUTO,
     seed: int = 1234,
     **division: Any,
 ) -> Federation:
@@ -35,10 +35,10 @@ def webnlg(
 
     Args:
       source: file or folder, columns `category`, `triples` and `references`, both lists of texts.
-      test: split of tests; without it they are held out of each client's rows.
+      test: split of tests; without one, as in a file, they are held out of each client's rows.
       seed: of the order of rows.
     """
-    splits = {"train": train} if test is None else {"train": train, "test": test}
+    splits = text_data.splits(source, train, test)
     tables = {name: prompted.read(source, split) for name, split in splits.items()}
     dealt = whole_groups({name: table["category"] for name, table in tables.items()}, clients=clients, seed=seed)
     groups = federated.groups(tables["train"], "category", dealt["train"])
@@ -56,7 +56,7 @@ def e2e(
     clients: int = 8,
     slot: str = "food",
     train: str = "train",
-    test: str | None = "test",
+    test: str | None = text_data.AUTO,
     seed: int = 1234,
     **division: Any,
 ) -> Federation:
@@ -65,10 +65,10 @@ def e2e(
     Args:
       source: file, folder or hub name, columns `meaning_representation` and `human_reference`.
       slot: `food`, `near` or `name`; to be without it is a value as well.
-      test: split of tests; without it they are held out of each client's meanings.
+      test: split of tests; without one, as in a file, they are held out of each client's meanings.
       seed: of the order of rows.
     """
-    splits = {"train": train} if test is None else {"train": train, "test": test}
+    splits = text_data.splits(source, train, test)
     tables = {name: _meanings(prompted.read(source, split), slot) for name, split in splits.items()}
     dealt = whole_groups({name: table["value"] for name, table in tables.items()}, clients=clients, seed=seed)
     groups = federated.groups(tables["train"], "value", dealt["train"])

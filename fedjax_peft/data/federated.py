@@ -8,7 +8,7 @@ Nothing here has state: cohorts and dropouts are pure functions of the seed, the
 import collections
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +26,7 @@ class Encoded(NamedTuple):
     sources: np.ndarray | None = None  # [M] int64, ascending: which pair example m is a window of; None without windows
     spans: np.ndarray | None = None  # [total, 2] int32: characters of the second text that a token is; -1 for others
     prompts: np.ndarray | None = None  # [M] int64: tokens before the answer, which is the rest; None without answers
+    cut: np.ndarray | None = None  # [M] bool: whether the text was longer; None where none is cut
 
 
 class Store(NamedTuple):
@@ -53,6 +54,7 @@ class Federation(NamedTuple):
     aux: Store | None = None  # held out of training, and none of the test: what a method may fit or embed clients by
     validation: Store | None = None  # held out as well; nothing is chosen by it unless a study does
     references: tuple[tuple[str, ...], ...] | None = None  # of each test example: the texts that would be right
+    lost: Mapping[str, int] = {}  # by split: examples in `train_cut`, rows that clients lack in `train_left_out`, ..
 
 
 def build(
@@ -101,6 +103,11 @@ def build(
         client_offsets=_offsets(held),
         prompts=prompts,
     )
+
+
+def cut(encoded: Encoded, clients: Sequence[np.ndarray]) -> int:
+    """How many of the clients' examples lost the end of their texts."""
+    return 0 if encoded.cut is None else int(encoded.cut[np.concatenate(clients)].sum())
 
 
 def sizes(store: Store) -> np.ndarray:
@@ -160,7 +167,7 @@ def groups(table: dict[str, np.ndarray], column: str | None, clients: Sequence[n
 
 
 def names(groups: Sequence[str]) -> tuple[str, ...]:
-    """A name for each client: its group, and its number among the clients of this group."""
+    """A name for each client that has none of its own: its group, and its number among the clients of this group."""
     numbers = {value: itertools.count() for value in groups}
     return tuple(f"{value}/{next(numbers[value])}" for value in groups)
 

@@ -31,7 +31,7 @@ def chatterbot(encode: Encode, *, seed: int = 0, test_fraction: float = 0.2, min
     """
     data = corpus.load(seed=seed, test_fraction=test_fraction, min_rows=min_rows)
     names = data.languages + data.unseen_languages
-    stores = {}
+    stores, lost = {}, {}
     for split in ("train", "test"):
         table = {
             key: np.concatenate([data.seen[split][key], data.unseen[split][key]])
@@ -40,11 +40,12 @@ def chatterbot(encode: Encode, *, seed: int = 0, test_fraction: float = 0.2, min
         clients = [np.flatnonzero(table["language"] == name) for name in names]
         encoded = encode(list(table["text"]), None)
         stores[split] = federated.build(encoded, table["label"], clients, classes=len(data.topics))
+        lost[f"{split}_cut"] = federated.cut(encoded, clients)
     seen = np.arange(len(data.languages), dtype=np.int32)
     pools = {"seen": seen}
     if data.unseen_languages:
         pools["unseen"] = np.arange(len(seen), len(names), dtype=np.int32)
-    return Federation(stores["train"], stores["test"], names, names, pools, data.topics)
+    return Federation(**stores, names=names, groups=names, pools=pools, classes=data.topics, lost=lost)
 
 
 def table(
@@ -58,7 +59,7 @@ def table(
     configs: Sequence[str] = (),
     group: str | None = None,
     train: str = "train",
-    test: str | None = "test",
+    test: str | None = text_data.AUTO,
     test_fraction: float = 0.2,
     train_limit: int | None = None,
     test_limit: int | None = None,
@@ -77,37 +78,43 @@ def table(
       classes: names of all classes in the order of their numbers; by default those that occur.
       configs: subsets to read one after the other; the new column `language` tells them apart.
       group: column that results are broken down by; the subset if there are several.
-      train, test: splits, also several as in `train+validation`; with `test` None, a share `test_fraction` of the
-        training rows is held out at random, of each subset by itself: at the same positions where subsets are of equal
-        size, so that a parallel corpus stays parallel.
+      train, test: splits, also several as in `train+validation`, or `*` for all files of a folder, which the column
+        `file` tells apart. With `test` None, or `auto` where there are no splits, a share `test_fraction` of the
+        training rows is held out at random: of each client of `natural_id`, else of each subset by itself, at the same
+        positions where subsets are of equal size, so that a parallel corpus stays parallel. `auto` is else `test`.
+      test_fraction: a client of `natural_id` with two rows or more holds one out at least and trains on one at least.
       train_limit, test_limit: examples that a client keeps at most, to size a run for a small machine: the first of its
         rows, which the partition has shuffled.
       unseen: clients that never train, drawn at random. A partition with `pools` 2 brings its own.
       seed: of hold-out and unseen clients.
       cache: folder of computed partitions.
     """
-    splits = {"train": train} if test is None else {"train": train, "test": test}
+    splits = text_data.splits(source, train, test)
     tables = {name: text_data.labelled(_read(source, configs, split), label) for name, split in splits.items()}
     tables, classes = text_data.with_labels(tables, label, classes)
-    if test is None:
-        tables = _held_out(tables["train"], test_fraction, seed, "language" if configs else None)
     group = group or ("language" if configs else None)
     partitioner, settings = partitions.named(partition)
+    if "test" not in tables and partitioner is not partitions.natural_id:
+        tables = _held_out(tables["train"], test_fraction, seed, "language" if configs else None)
     columns = {key for key in (label, settings.get("column")) if key is not None}
     reads = {split: {key: rows[key] for key in columns if key in rows} for split, rows in tables.items()}
     clients = partition_cache.cached(pathlib.Path(cache).expanduser(), partitioner, reads, **settings)
-    stores = {}
+    if "test" not in tables:
+        tables["test"], clients = tables["train"], _held_out_of_each(clients["train"], test_fraction)
+    stores, lost = {}, {}
     for split, limit in (("train", train_limit), ("test", test_limit)):
         clients[split] = _limited(clients[split], split, limit)
-        stores[split] = _store(encode, tables[split], text, label, clients[split], classes, allow_empty=split == "test")
+        encoded, labels, own = _encoded(encode, tables[split], text, label, clients[split])
+        stores[split] = federated.build(encoded, labels, own, classes=len(classes), allow_empty=split == "test")
+        lost[f"{split}_cut"] = federated.cut(encoded, own)
     count = len(clients["train"])
     groups = federated.groups(tables["train"], group, clients["train"])
-    names = federated.names(groups)
+    names = partitions.client_names(partition, tables["train"], groups, clients["train"])
     if settings.get("pools", 1) == 2:
         pools = {"seen": np.arange(count // 2, dtype=np.int32), "unseen": np.arange(count // 2, count, dtype=np.int32)}
     else:
         pools = federated.pools(count, unseen, seed) if unseen else {"seen": np.arange(count, dtype=np.int32)}
-    return Federation(stores["train"], stores["test"], names, groups, pools, classes)
+    return Federation(**stores, names=names, groups=groups, pools=pools, classes=classes, lost=lost)
 
 
 def squad(
@@ -119,7 +126,7 @@ def squad(
     stride: int = 128,
     no_answer_threshold: float | None = None,
     train: str = "train",
-    test: str | None = "validation",
+    test: str | None = text_data.AUTO,
     test_fraction: float = 0.1,
     train_limit: int | None = None,
     test_limit: int | None = None,
@@ -138,18 +145,18 @@ def squad(
       stride: tokens that neighbouring windows of a text share.
       no_answer_threshold: how much better than the best span no answer must score to be given; None: questions always
         get an answer, as in SQuAD 1.1. SQuAD 2.0 needs a number.
-      train, test: splits; without `test`, a share `test_fraction` of each client's contexts is held out at random, with
-        all their questions.
+      train, test: splits; `auto` is `validation`, or None where there are no splits. With None, a share `test_fraction`
+        of each client's contexts is held out at random, with all their questions.
       train_limit, test_limit: questions that a client keeps at most.
       seed: of the order of questions and of the hold-out.
 
     Raises:
       ValueError: a column is missing, groups are too few, or questions without an answer need a threshold.
     """
-    splits = {"train": train} if test is None else {"train": train, "test": test}
+    splits = text_data.splits(source, train, test, usual="validation")
     tables = {name: questions.read(source, split=split) for name, split in splits.items()}
     own = partitions.blocks(tables, clients=clients, column=group, seed=seed)
-    if test is None:
+    if "test" not in tables:
         own = _held_out_contexts(own["train"], tables["train"]["context"], test_fraction, seed)
         tables["test"] = tables["train"]
     stores, scores = {}, {}
@@ -214,13 +221,23 @@ def _held_out(rows, fraction, seed, subset=None):
     return {split: {name: column[part] for name, column in rows.items()} for split, part in kept.items()}
 
 
-def _store(encode, rows, text, label, clients, classes, *, allow_empty):
-    """The rows that clients hold, in their order; no others are tokenized."""
+def _held_out_of_each(clients, fraction):
+    """Train and test rows of each client, whose rows are in random order; both, unless there is only one row."""
+    if not 0 < fraction < 1:
+        raise ValueError(f"data.test_fraction is {fraction}, expected between 0 and 1")
+    ends = [len(rows) - min(max(round(fraction * len(rows)), 1), len(rows) - 1) for rows in clients]
+    return {
+        "train": [rows[:end] for rows, end in zip(clients, ends, strict=True)],
+        "test": [rows[end:] for rows, end in zip(clients, ends, strict=True)],
+    }
+
+
+def _encoded(encode, rows, text, label, clients):
+    """(token sequences, labels, who holds which) of the rows that clients hold; no others are tokenized."""
     first, second = text_data.texts(rows, text)
     held = np.unique(np.concatenate(clients))
     encoded = encode([first[row] for row in held], second and [second[row] for row in held])
-    own = [np.searchsorted(held, client) for client in clients]
-    return federated.build(encoded, rows[label][held], own, classes=len(classes), allow_empty=allow_empty)
+    return encoded, rows[label][held], [np.searchsorted(held, client) for client in clients]
 
 
 def majority(federation: Federation) -> np.ndarray:

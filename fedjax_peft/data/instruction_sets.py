@@ -87,7 +87,7 @@ def fed_aya(
     split = "train"
     ids = prompted.read(source, split)
     ids = np.unique(prompted.having(ids, "language", languages)["client"])
-    made = prompted.from_columns(
+    return prompted.from_columns(
         tokenizer,
         source=source,
         max_length=max_length,
@@ -101,7 +101,6 @@ def fed_aya(
         unseen=np.flatnonzero(np.isin(ids.astype(str), np.array(list(unseen), str))).tolist() or 0,
         **{"aux": 0.0, "validation": 0.0, "test_fraction": 0.2, "test_limit": None} | division,
     )
-    return made._replace(names=tuple(f"{name}@{group}" for name, group in zip(ids.tolist(), made.groups, strict=True)))
 
 
 def natural_instructions(

@@ -66,6 +66,21 @@ def template(name: str, tokenizer: Tokenizer) -> Template:
     return TEMPLATES[name]
 
 
+def asking(tokenizer: Tokenizer, name: str) -> Tokenizer:
+    """A tokenizer whose `encode` puts texts to a model as the prompts of the template `name`, token by token.
+
+    It has no chat template of its own any more.
+    """
+    form = template(name, tokenizer)
+
+    def encode(texts: Sequence[str], *, max_length: int, special: bool = True) -> Encoded:
+        del special
+        prompts = [form.prompt(text, "") for text in texts]
+        return encode_prompts(tokenizer, prompts, max_length=max_length, begin=name != "chat")
+
+    return tokenizer._replace(encode=encode, chat=None)
+
+
 def infer(premise: str, hypothesis: str) -> str:
     """The question of natural language inference as PromptSource puts it (Bach et al., 2022, arXiv 2202.01279)."""
     return f'Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?\n'
@@ -110,7 +125,8 @@ def encode(
     examples = [
         np.concatenate([asked[row], answer[:most], end]) for row, answer, most in zip(rows, said, room, strict=True)
     ]
-    return _ragged(examples)._replace(prompts=np.diff(prompts.offsets)[np.asarray(rows, np.int64)])
+    cut = np.array([len(answer) > most for answer, most in zip(said, room, strict=True)], bool)
+    return _ragged(examples)._replace(prompts=np.diff(prompts.offsets)[np.asarray(rows, np.int64)], cut=cut)
 
 
 def chooser(questions: np.ndarray, gold: np.ndarray) -> Callable[..., dict[str, np.ndarray]]:

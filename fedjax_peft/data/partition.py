@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fedjax_peft.data import dealing
+from fedjax_peft.data import dealing, federated
 from fedjax_peft.data.dealing import Partition, Splits
 
 
@@ -312,3 +312,19 @@ def named(partition: Mapping[str, Any]) -> tuple[Callable[..., Partition], dict[
     if name not in ALL:
         raise ValueError(f"data.partition.name is {name!r}, which is no function of data/partition.py")
     return ALL[name], settings
+
+
+def client_names(
+    partition: Mapping[str, Any], table: Mapping[str, np.ndarray], groups: Sequence[str], clients: Sequence[np.ndarray]
+) -> tuple[str, ...]:
+    """Names of clients: their ids, if `natural_id` made them, else those of `federated.names`.
+
+    Args:
+      partition: `name` of the partitioner and its settings.
+      table: columns of the training rows.
+      groups: of each client.
+      clients: training rows of each client.
+    """
+    if partition["name"] == natural_id.__name__:
+        return federated.groups(table, partition["column"], clients)
+    return federated.names(groups)

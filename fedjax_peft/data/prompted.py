@@ -70,19 +70,21 @@ def from_columns(
       template: `plain`, `alpaca`, `alpaca_turn` or `chat`, see `instructions.template`.
       configs: subsets to read one after the other; the new column `language` tells them apart.
       group: column that results are broken down by.
-      train, test: splits, also several as in `train+validation`; without `test`, rows are held out of each client's.
+      train, test: splits, also several as in `train+validation`, or `*` for all files of a folder, which the column
+        `file` tells apart; without `test`, rows are held out of each client's.
       keep: {column: values}: rows with other values are left out.
       unseen: clients that never train: how many, drawn at random, or which.
       seed: of that draw.
       division: fields of `Division`.
     """
-    splits = {"train": train} if test is None else {"train": train, "test": test}
+    splits = text_data.splits(source, train, test)
     tables = {name: read(source, split, configs) for name, split in splits.items()}
     for column, values in (keep or {}).items():
         tables = {name: having(table, column, values) for name, table in tables.items()}
     partitioner, settings = partitions.named(partition)
     clients = partitioner(tables, **settings)
     groups = federated.groups(tables["train"], group, clients["train"])
+    names = partitions.client_names(partition, tables["train"], groups, clients["train"])
     form = instructions.template(template, tokenizer)
     rows, clients = stacked(tables, clients)
     asked, answers = text_data.texts(rows, (instruction, answer))
@@ -92,7 +94,7 @@ def from_columns(
         [(form.before + text,) for text in answers],
         begin=template != "chat",
     )
-    made = federation(tokenizer, questions, clients, groups, max_length=max_length, **division)
+    made = federation(tokenizer, questions, clients, groups, names, max_length=max_length, **division)
     return made._replace(pools=federated.pools(len(groups), unseen, seed)) if unseen else made
 
 
@@ -114,6 +116,7 @@ def federation(
     questions: Questions,
     clients: partitions.Partition,
     groups: Sequence[str],
+    names: Sequence[str] | None = None,
     *,
     max_length: int,
     **division: Any,
@@ -126,7 +129,8 @@ def federation(
     Args:
       questions: of all splits, one after the other.
       clients: rows of each client in `train` and, unless tests are held out of these, in `test`.
-      groups: of each client, for its name and for tables.
+      groups: of each client, for tables.
+      names: of each client; those of `federated.names` by default.
       max_length: tokens of an example.
       division: fields of `Division`.
 
@@ -134,33 +138,32 @@ def federation(
       ValueError: a client has too few rows, or shares or limits make no sense.
     """
     division = Division(**division)
-    names, parts = federated.names(groups), _limited(clients, division)
+    names, parts = tuple(names or federated.names(groups)), _limited(clients, division)
     held = np.unique(np.concatenate([rows for own in parts for rows in own.values()]))
     prompts = instructions.encode_prompts(
         tokenizer, [questions.prompts[row] for row in held], max_length=max_length, begin=questions.begin
     )
     fits = held[np.diff(prompts.offsets) < max_length]
+    lost = {f"{part}_left_out": sum(int((~np.isin(own[part], fits)).sum()) for own in parts) for part in PARTS}
     parts = [_repaired(name, own, division, fits) for name, own in zip(names, parts, strict=True)]
-
-    def store(part):
+    stores = {}
+    for part in (part for part in PARTS if part in ("train", "test") or getattr(division, part)):
         rows, texts, own = _examples(questions, [client[part] for client in parts], part)
         encoded = instructions.encode(tokenizer, prompts, np.searchsorted(held, rows), texts, max_length=max_length)
-        return federated.build(encoded, {}, own, allow_empty=part != "train"), rows, texts
-
-    train, (test, rows, texts) = store("train")[0], store("test")
+        stores[part] = federated.build(encoded, {}, own, allow_empty=part != "train")
+        lost[f"{part}_cut"] = federated.cut(encoded, own)
+    # The last of the parts are the tests.
     gold = np.array([text == questions.answers[row][0] for row, text in zip(rows, texts, strict=True)])
     return Federation(
-        train=train,
-        test=test,
+        **stores,
         names=names,
         groups=tuple(groups),
         pools={"seen": np.arange(len(names), dtype=np.int32)},
         classes=questions.choices,
         task="choice" if questions.choices else "causal",
         score=instructions.chooser(rows, gold) if questions.choices else None,
-        aux=store("aux")[0] if division.aux else None,
-        validation=store("validation")[0] if division.validation else None,
         references=None if questions.choices else tuple(questions.answers[row] for row in rows),
+        lost=lost,
     )
 
 

@@ -4,6 +4,7 @@ A table is a dict of columns of equal length: numpy arrays, of dtype object wher
 """
 
 import json
+import logging
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -15,6 +16,8 @@ import pyarrow.parquet
 Table = dict[str, np.ndarray]
 
 UNLABELLED = (-1, "-", "", None)  # what data sets write where annotators did not agree
+EVERY = "*"  # as a split: all files of a folder, such as one for each client
+AUTO = "auto"  # as a split of tests: the usual one, or held-out rows where there are no splits
 
 
 def read(
@@ -26,14 +29,17 @@ def read(
       source: a file .parquet, .csv, .tsv or .jsonl; a folder with [CONFIG/]SPLIT.parquet or the like, also in the hub's
         layout [CONFIG/ or data/]SPLIT-00000-of-00001.parquet; or the name of a data set on the hub.
       split: 'train', 'test', .., or several, as in 'train+validation', one after the other; a file is one split,
-        whatever it is called.
-      config: subset of the data set, e.g. a language.
+        whatever it is called. '*' is every file of a folder in the order of names, which the new column `file` has,
+        without suffixes.
+      config: subset of the data set, e.g. a language; a file has none.
       columns: columns to keep; all by default.
 
     Raises:
       ValueError: nothing is there, a column is missing, or splits to be joined have different ones.
     """
     path = pathlib.Path(source).expanduser()
+    if path.is_dir() and split == EVERY:
+        return _each(path / config if config else path, columns)
     if path.is_dir() and "+" in split:
         parts = [part.strip() for part in split.split("+")]
         tables = [read(source, split=part, config=config, columns=columns) for part in parts]
@@ -42,6 +48,8 @@ def read(
         files = _files(path, split, config)
         table = pyarrow.concat_tables([_READERS[file.suffix](file) for file in files], promote_options="default")
     elif path.is_file() and path.suffix in _READERS:
+        if config:
+            raise ValueError(f"{source} is one file, but data.configs asks for its subset {config!r}: name a folder")
         table = _READERS[path.suffix](path)
     elif path.suffix in _READERS or path.exists() or str(source).startswith((".", "/", "~")):
         kinds = ", ".join(_READERS)
@@ -52,6 +60,29 @@ def read(
     if missing:
         raise ValueError(f"{source} ({split}) has no column {missing[0]!r}, only {', '.join(table.column_names)}")
     return {name: _array(table[name]) for name in columns or table.column_names}
+
+
+def splits(source: str, train: str, test: str | None, usual: str = "test") -> dict[str, str]:
+    """What to read: {`train`, `test`}, or `train` alone where tests are to be held out of its rows.
+
+    Args:
+      source: as in `read`. A file has no splits.
+      train, test: as in `read`. A `test` of None holds out, and `auto` does so where there are no splits.
+      usual: what `auto` is where there are.
+
+    Raises:
+      ValueError: a split of tests is named where there are none.
+    """
+    path = pathlib.Path(source).expanduser()
+    whole = train == EVERY or (path.suffix in _READERS and not path.is_dir())
+    if whole and test not in (None, AUTO):
+        raise ValueError(
+            f"data.test is {test!r}, but {source} has no splits: set data.test to None, which holds out some of its "
+            f"rows, or data.source to a folder with a file for each split"
+        )
+    if whole and test == AUTO:
+        logging.info("%s has no splits: tests are held out of its rows", source)
+    return {"train": train} if whole or test is None else {"train": train, "test": usual if test == AUTO else test}
 
 
 def read_configs(
@@ -134,6 +165,17 @@ def _joined(source: str | pathlib.Path, names: Sequence[str], tables: Sequence[T
         if table.keys() != tables[0].keys():
             raise ValueError(f"{source}: the columns of {name!r} and {names[0]!r} differ; choose common `columns`")
     return {column: np.concatenate([table[column] for table in tables]) for column in tables[0]}
+
+
+def _each(folder: pathlib.Path, columns: Sequence[str] | None) -> Table:
+    """All files of a folder, and in the column `file` which one a row is from."""
+    files = sorted(file for file in folder.glob("*") if file.suffix in _READERS)
+    if not files:
+        raise ValueError(f"{folder} has no file of a known kind ({', '.join(_READERS)})")
+    tables = [read(file, split=EVERY, columns=columns) for file in files]
+    sizes = [len(next(iter(table.values()))) for table in tables]
+    names = np.array([file.stem for file in files], object)
+    return _joined(folder, [file.name for file in files], tables) | {"file": np.repeat(names, sizes)}
 
 
 def _files(folder: pathlib.Path, split: str, config: str | None) -> list[pathlib.Path]:

@@ -50,6 +50,8 @@ class Tokenizer(NamedTuple):
     """Hexadecimal digest of what defines the tokenizer."""
     bos: int | None = None
     """Id that begins a text, if the tokenizer names one."""
+    unk: int | None = None
+    """Id of what the vocabulary does not know, if the tokenizer names one."""
     chat: Callable[..., str] | None = None
     """(messages, *, generate=False) -> one text of all messages `{"role": .., "content": ..}`, special tokens written
     out: encode it with `special=False`. With `generate` it goes on to where the assistant's answer begins. None if the
@@ -103,7 +105,7 @@ def from_unigram(
     )
     names = [pieces[i] for i in sorted(special.values())] + [piece for piece in pieces[-1:] if piece == "<mask>"]
     tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in names])
-    return _wrapped(tokenizer, special["pad"], special["eos"], sha.hexdigest())
+    return _wrapped(tokenizer, special["pad"], special["eos"], sha.hexdigest())._replace(unk=special["unk"])
 
 
 def from_bpe(
@@ -171,7 +173,8 @@ def _from_file(file: pathlib.Path) -> Tokenizer:
     wrapped = _wrapped(tokenizer, pad, eos, hashlib.sha256(content).hexdigest())
     jinja = file.parent / "chat_template.jinja"
     template = jinja.read_text(encoding="utf-8") if jinja.is_file() else named.get("chat_template")
-    return wrapped._replace(bos=_token_id(tokenizer, named, "bos_token", ()), chat=_chat(template, named))
+    bos, unk = (_token_id(tokenizer, named, *name) for name in (("bos_token", ()), ("unk_token", ("[UNK]", "<unk>"))))
+    return wrapped._replace(bos=bos, unk=unk, chat=_chat(template, named))
 
 
 def _token_id(tokenizer: tokenizers.Tokenizer, named: dict, key: str, usual: Sequence[str]) -> int | None:
@@ -199,7 +202,8 @@ def _from_transformers(source: str) -> Tokenizer:
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     sha = hashlib.sha256(backend.to_str().encode()).hexdigest()
     chat = _chat(tokenizer.chat_template, tokenizer.special_tokens_map)
-    return _wrapped(backend, pad, tokenizer.eos_token_id, sha)._replace(bos=tokenizer.bos_token_id, chat=chat)
+    own = {"bos": tokenizer.bos_token_id, "unk": tokenizer.unk_token_id, "chat": chat}
+    return _wrapped(backend, pad, tokenizer.eos_token_id, sha)._replace(**own)
 
 
 def _chat(template: str | list | dict | None, named: Mapping) -> Callable[..., str] | None:
@@ -260,10 +264,12 @@ def _encode(
         return _windows(tokenizer, list(texts), list(pairs), max_length, stride)
     tokenizer.enable_truncation(max_length)
     inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
-    tokens, types, counts = [], [], []
+    tokens, types, counts, cut = [], [], [], []
     for start in range(0, len(inputs), _CHUNK):
         encodings = tokenizer.encode_batch_fast(inputs[start : start + _CHUNK], add_special_tokens=special)
         counts += [len(encoding) for encoding in encodings]
+        # What is too long overflows; to ask for that copies it.
+        cut += [len(encoding) >= max_length and bool(encoding.overflowing) for encoding in encodings]
         tokens.append(_flat([encoding.ids for encoding in encodings], np.int32))
         if pairs is not None:
             types.append(_flat([encoding.type_ids for encoding in encodings], np.int8))
@@ -273,6 +279,7 @@ def _encode(
         tokens=np.concatenate([np.zeros(0, np.int32), *tokens]),
         types=joined if joined.any() else None,
         offsets=offsets,
+        cut=np.array(cut, bool),
     )
 
 
