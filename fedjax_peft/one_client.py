@@ -38,7 +38,7 @@ def adapt(
         raise ValueError(f"--point is {point!r}, expected one of: {known}")
     algorithm, support, trained = stage.points[point] if point else next(iter(stage.points.values()))
     absent, root = len(stage.clients.names), jax.random.key(run.config.seed)
-    if trained:
+    if trained and run.config.rounds:
         server, people = loop.final(stage.algorithm, stage.mesh, absent, workdir)
     else:
         server = rounds.make_init(algorithm, stage.mesh)(root)
@@ -58,6 +58,15 @@ def shared(run: Any, workdir: epath.PathLike) -> tuple[PyTree, PyTree]:
     stage = run.stage
     server, _ = loop.final(stage.algorithm, stage.mesh, len(stage.clients.names), workdir)
     return server, stage.algorithm.shared and stage.algorithm.shared(server)
+
+
+def number(names: tuple[str, ...], client: int | str) -> int:
+    """The number of a client that may be given by its name."""
+    if str(client).isdecimal():
+        return int(client)
+    if client not in names:
+        raise ValueError(f"--client is {client!r}, expected 0 to {len(names) - 1} or a name as in clients.parquet")
+    return names.index(client)
 
 
 def _first(own: PyTree) -> PyTree:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-from fedjax_peft import evaluate, experiment, ground, main, metrics, report, text_metrics
+from fedjax_peft import asking, evaluate, experiment, ground, main, metrics, report, text_metrics
+from fedjax_peft.data import federated, instructions
 from fedjax_peft.models import llama
 
 PIECES = ["<pad>", "</s>", *map(chr, range(32, 80))]
@@ -22,7 +23,7 @@ def source(tmp_path_factory):
     """A folder with a Llama and a token a letter, and rows of four clients whose answers repeat a letter."""
     folder = tmp_path_factory.mktemp("causal")
     settings = decoder.config() | {"vocab_size": len(PIECES), "eos_token_id": 1, "pad_token_id": 0}
-    settings |= {"max_position_embeddings": 64}
+    settings |= {"max_position_embeddings": 256}
     model = llama.llama(settings, head="lm")
     base = encoder.weights(jax.eval_shape(model.init, jax.random.key(0)))
     encoder.save(folder / "model", settings, decoder.published(base))
@@ -163,12 +164,72 @@ def test_sampled_answers_repeat_with_the_seed_alone(source, tmp_path, judged):
     assert run("again", 0) == first != run("other", 1)
 
 
+def prompts_of(federation, client):
+    """Tokens of the prompts of a client's tests."""
+    store = federated.prompts_alone(federation.test)
+    return [store.tokens[slice(*store.token_offsets[row : row + 2])] for row in federated.rows(store, client)]
+
+
+def test_a_client_answers_as_it_was_judged(source, tmp_path, judged, caplog):
+    """By name or number, on one device whatever the run had, and even where no round was trained."""
+    config = configured(source)
+    config.rounds, config.data.template, config.evaluate.every = 0, "alpaca", None
+    config.max_length, config.evaluate.generate = 200, 5
+    config.data.test_limit = 3
+    experiment.run(config, str(tmp_path))
+    expected = [texts for texts, references in judged if {one for own in references for one in own} == {"BB"}][-1]
+    manifest = metrics.read_json(tmp_path / "manifest.json")
+    manifest["run"]["mesh"] = {"clients": 64, "model": 4}
+    metrics.write_json(tmp_path / "manifest.json", manifest)
+    run = experiment.rebuilt(tmp_path)
+    assert run.ground.federation.names == ("0", "1", "2", "3")
+    spelling = instructions.asking(ground.make_tokenizer(config.model.source), "alpaca")
+    asked = {tuple(spelling.encode([f"SAY B {i}"], max_length=200).tokens): f"SAY B {i}" for i in range(9)}
+    prompt = asked[tuple(prompts_of(run.ground.federation, 1)[0])]
+    with caplog.at_level("INFO"):
+        answer = asking.answer(tmp_path, 1, prompt, new_tokens=5)
+    assert answer.strip() == expected[0]
+    assert "asked client 1, 1, in the template alpaca" in caplog.text
+
+
+def test_unfinished_runs_are_not_asked(source, tmp_path, monkeypatch, capsys):
+    config = configured(source)
+    config.rounds, config.evaluate.every, config.evaluate.generate = 0, None, 0
+    config.base = {"name": "fedit", "rounds": 1, "cohort": 4, "train": {"steps": 1, "batch": 4}}
+    config.base.adapter = {"targets": "q_proj,v_proj", "rank": 2}
+    experiment.run(config, str(tmp_path))
+
+    def asked(*more):
+        command = ["fedjax-peft", "generate", f"--workdir={tmp_path}", "--prompt=SAY B 3", "--tokens=2", *more]
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as stopped:
+            main.main()
+        assert stopped.value.code == 2
+        return capsys.readouterr().err
+
+    assert "--client is 4, expected 0 to 3" in asked("--client=4")
+    assert "--client is 'ann', expected 0 to 3 or a name as in clients.parquet" in asked("--client=ann")
+    assert "data.template is 'letter', expected one of plain, alpaca" in asked("--client=1", "--template=letter")
+    before = (tmp_path / "base" / "manifest.json").read_bytes()
+    for folder in (tmp_path / "base", tmp_path):
+        (folder / "summary.json").unlink()
+        assert f"workdir {folder} has no finished run: summary.json is missing" in asked("--client=1")
+        metrics.write_json(folder / "summary.json", {})
+    assert (tmp_path / "base" / "manifest.json").read_bytes() == before
+    rows = (source / "rows.jsonl").read_text()
+    try:
+        (source / "rows.jsonl").write_text(rows.replace("SAY A 0", "SAY A 7"))
+        assert "was made with other files: the SHA-256 of train has changed" in asked("--client=1")
+    finally:
+        (source / "rows.jsonl").write_text(rows)
+
+
 MISTAKES = [
     ({"measures": ("bleu", "blue")}, "evaluate.measures has 'blue', expected some of exact_match"),
     ({"decoding.method": "best"}, "method is 'best', expected one of greedy, sampled, beam"),
     ({"decoding.beams": 4}, "evaluate.decoding.beams is 4, but evaluate.decoding.method is 'greedy', expected 'beam'"),
     ({"decoding.method": "sampled", "decoding.top_p": 0.0}, "top_p is 0.0, expected above 0"),
-    ({"decoding": {"method": "greedy", "beam": 2}}, "evaluate.decoding.beam is not a setting of make_generate"),
+    ({"decoding": {"method": "greedy", "beam": 2}}, "evaluate.decoding.beam is no key of a config; is beams meant"),
 ]
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import tokenizers as rust
 
-from fedjax_peft.data import tokenizers
+from fedjax_peft.data import instructions, tokenizers
 
 MESSAGES = [
     {"role": "user", "content": "<b>is</b> it?"},
@@ -77,3 +77,16 @@ def test_messages_that_a_template_refuses_get_a_sentence(tmp_path):
 
 def test_no_template_is_no_chat(tmp_path):
     assert tokenizers.load(folder(tmp_path)).chat is None
+
+
+@pytest.mark.parametrize("name", ["plain", "alpaca", "alpaca_turn", "chat"])
+def test_clients_are_asked_with_the_tokens_of_training(tmp_path, name):
+    tokenizer = tokenizers.load(folder(tmp_path, config=TEMPLATE))
+    trained = instructions.encode_prompts(
+        tokenizer, [instructions.template(name, tokenizer).prompt("why", "")], max_length=500, begin=name != "chat"
+    )
+    asking = instructions.asking(tokenizer, name)
+    assert asking.chat is None
+    tokens = asking.encode(["why"], max_length=2**30, special=True).tokens.tolist()
+    assert tokens == trained.tokens.tolist() and tokens[0] == tokenizer.bos and tokens.count(tokenizer.bos) == 1
+    assert (len(tokens) > 100) == name.startswith("alpaca")

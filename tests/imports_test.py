@@ -93,6 +93,7 @@ ALLOWED = {
     | {"config", "data", "ground", "loop", "manifest", "methods", "one_client", "rank_recovery"},
     "export": PURE
     | {"adapters", "config", "data", "experiment", "ground", "manifest", "mixture", "models", "one_client"},
+    "asking": PURE | {"data", "experiment", "generate", "ground", "one_client"},
     "bench_torch": set(),
     "bench_job": ENGINE | {"algorithms", "data", "models", "rounds"},
     "bench_population": PURE | {"console", "data", "loop", "manifest", "metrics", "rounds"},
@@ -103,6 +104,7 @@ ALLOWED = {
     "plan": {"console", "hlo", "metrics", "plan_job", "rounds", "topologies"},
     "doctor": {"processes", "rounds"},
     "main": {
+        "asking",
         "bench",
         "bench_population",
         "doctor",
