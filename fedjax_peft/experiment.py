@@ -66,7 +66,9 @@ def run(config: ConfigDict, workdir: str, begin: Callable[[str], None] = lambda 
     if not built[-1].points:
         raise ValueError("personalize needs either steps or epochs, which may be 0")
     if len(stages) == 2:
-        ground, _ = _further(stages[0], ground, built[0], _base_workdir(config, workdir), begin)
+        folder = _base_workdir(config, workdir)
+        _train(stages[0], ground, built[0], folder, begin, last=False)
+        ground, _ = _further(ground, built[0], folder)
         built[-1] = _Stage.make(config, ground)
     return _train(config, ground, built[-1], workdir, begin)
 
@@ -77,7 +79,7 @@ class Personalized(NamedTuple):
     model: Model
     base: PyTree
     adapters: PyTree
-    tokenizer: tokenizers.Tokenizer
+    tokenizer: tokenizers.Tokenizer  # with ids as this base has them
 
 
 def personalized(workdir: epath.PathLike, client: int) -> Personalized:
@@ -88,7 +90,7 @@ def personalized(workdir: epath.PathLike, client: int) -> Personalized:
     """
     run = rebuilt(workdir)
     own = one_client.adapt(run, workdir, client)
-    return Personalized(run.stage.model, run.base, own, grounds.make_tokenizer(run.config.model.source))
+    return Personalized(run.stage.model, run.base, own, grounds.spelling(run.config, run.ground))
 
 
 class Rebuilt(NamedTuple):
@@ -102,20 +104,25 @@ class Rebuilt(NamedTuple):
 
 
 def rebuilt(workdir: epath.PathLike) -> Rebuilt:
-    """All that a run was made of.
+    """All that a run was made of, on one device, whatever the run had.
 
     Raises:
-      ValueError: the directory holds no run with clients.
+      ValueError: the directory holds no finished run with clients, or the data or the model's files have changed.
     """
     found = manifest.read(workdir)
     if found is None or "study" in found["experiment"]:
         raise ValueError(f"workdir {workdir} has no run whose clients could be asked")
-    config = ConfigDict(found["experiment"] | {"run": found["run"]})
+    config = ConfigDict(found["experiment"] | {"run": found["run"] | {"mesh": {"clients": 1, "model": 1}}})
     first, *further = _stages(config)
+    folder = _base_workdir(config, workdir)
+    places = [folder, workdir] if further else [workdir]
+    if unfinished := [place for place in places if not (epath.Path(place) / "summary.json").exists()]:
+        raise ValueError(f"workdir {unfinished[0]} has no finished run: summary.json is missing")
     ground, shared = grounds.load(config, first.seed), None
+    if changed := [name for name, sha256 in ground.hashes.items() if found["sha256"][name] != sha256]:
+        raise ValueError(f"workdir {workdir} was made with other files: the SHA-256 of {changed[0]} has changed")
     if further:
-        before, folder = _Stage.make(first, ground), _base_workdir(config, workdir)
-        ground, shared = _further(first, ground, before, folder, lambda stage: None)
+        ground, shared = _further(ground, _Stage.make(first, ground), folder)
     stage = _Stage.make(config, ground)
     base = rounds.shard_base(ground.pretrained.base, stage.mesh)
     return Rebuilt(config, ground, _knowing(config, ground, stage, base, workdir), base, shared)
@@ -182,11 +189,8 @@ def _clients(
     return clients, _points(config, ground.federation, ground.pad, known, algorithm, rivals)
 
 
-def _further(
-    config: ConfigDict, ground: Ground, stage: _Stage, workdir: epath.PathLike, begin: Callable[[str], None]
-) -> tuple[Ground, PyTree]:
+def _further(ground: Ground, stage: _Stage, workdir: epath.PathLike) -> tuple[Ground, PyTree]:
     """The ground after stage 1: what it trained, returned too, is merged into the base; what clients kept is beside."""
-    _train(config, ground, stage, workdir, begin, last=False)
     federation = ground.federation
     server, people = loop.final(stage.algorithm, stage.mesh, len(federation.names), workdir)
     server = rounds.local(server, stage.mesh)
@@ -201,7 +205,7 @@ def _further(
         # Clients that took no part in stage 1 have no base of their own.
         federation = federation._replace(pools={"seen": seen})
     hashes = ground.hashes | {"stage1": manifest.digest((shared, parts))}
-    return Ground(federation, ground.pad, pretrained, hashes, parts), shared
+    return ground._replace(federation=federation, pretrained=pretrained, hashes=hashes, parts=parts), shared
 
 
 def _train(
