@@ -41,7 +41,7 @@ class LoRA:
         return ((rows @ self.a.astype(x.dtype)) @ b.astype(x.dtype)).reshape(*x.shape[:-1], -1)
 
     def merged(self, params: dict) -> dict:
-        return params | {"kernel": params["kernel"] + (self.a * self.scale[..., None, :]) @ self.b}
+        return _added(params, kernel=(self.a * self.scale[..., None, :]) @ self.b)
 
 
 @struct.dataclass
@@ -85,6 +85,22 @@ class Affine:
 
     def merged(self, params: dict) -> dict:
         return _added(params, scale=self.gain, bias=self.shift)
+
+
+@struct.dataclass
+class Beside:
+    """What a trained adapter adds at a site beside a frozen one, which has no dropout."""
+
+    frozen: PyTree
+    trained: PyTree  # None at sites, such as the head, where there is none
+
+    def __call__(self, x: Array, key: Array | None = None) -> Array:
+        y = self.frozen(x)
+        return y if self.trained is None else y + self.trained(x, key)
+
+    def merged(self, params: dict) -> dict:
+        params = self.frozen.merged(params)
+        return params if self.trained is None else self.trained.merged(params)
 
 
 class Site(NamedTuple):
@@ -196,6 +212,12 @@ def nodes(adapters: PyTree) -> dict[tuple[str, ...], PyTree]:
     return {path[:-1]: node for path, node in traverse_util.flatten_dict(adapters).items()}
 
 
+def beside(frozen: PyTree, trained: PyTree) -> PyTree:
+    """Trained adapters next to frozen ones: what both add, with the dropout of the trained ones alone."""
+    own = nodes(trained)
+    return nest(own | {path: Beside(node, own.get(path)) for path, node in nodes(frozen).items()})
+
+
 def merge(base: PyTree, adapters: PyTree) -> PyTree:
     """The base with every adapter added into its weights."""
     flat = traverse_util.flatten_dict(base)
@@ -218,7 +240,10 @@ def merged(model: Model) -> Model:
 
 
 def concat(first: PyTree, second: PyTree) -> PyTree:
-    """Adapters that do what both do: ranks of LoRAs at the same site are joined, dense updates are added."""
+    """Adapters that do what both do: ranks of LoRAs at the same site are joined, dense updates are added.
+
+    Dropout is that of the first, see `beside`.
+    """
     left, right = nodes(first), nodes(second)
     both = {path: _joined(left[path], right[path]) for path in left.keys() & right.keys()}
     return nest(left | right | both)
@@ -317,7 +342,8 @@ def _joined(left, right):
 
 
 def _added(params, **updates):
-    return params | {name: params[name] + update for name, update in updates.items() if update is not None}
+    added = {name: params[name] + update for name, update in updates.items() if update is not None}
+    return params | {name: value.astype(params[name].dtype) for name, value in added.items()}
 
 
 def _along_last(vector, like):

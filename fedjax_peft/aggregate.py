@@ -29,8 +29,8 @@ def weighted_sum(uploads: PyTree, cohort: Cohort, weighting: str) -> WeightedSum
 
 
 def mean(sums: WeightedSum) -> PyTree:
-    """The weighted mean; not a number where nobody reported."""
-    return trees.scale(sums.total, 1.0 / sums.weight)
+    """The weighted mean; 0 where nobody weighs anything."""
+    return trees.scale(sums.total, 1.0 / jnp.where(sums.weight > 0, sums.weight, 1.0))
 
 
 def check_weighting(weighting: str) -> None:
@@ -63,7 +63,7 @@ def server_optimizer(
         return optax.chain(optax.ema(momentum, debias=False), optax.sgd(rate))
     if name not in _SECOND_MOMENTS:
         names = ", ".join(["average", "momentum", *_SECOND_MOMENTS])
-        raise ValueError(f"algorithm.server_optimizer is {name!r}, expected one of {names}")
+        raise ValueError(f"server.name is {name!r}, expected one of {names}")
     first = 0.0 if name == "adagrad" else momentum
     return optax.chain(_adaptive(_SECOND_MOMENTS[name], first, second_momentum, adaptivity), optax.sgd(rate))
 

@@ -225,6 +225,9 @@ def called(key: str, function: Callable, *arguments: Any, **settings: Any) -> An
     try:
         return function(*arguments, **settings)
     except TypeError as error:
+        missing = re.search(r"missing \d+ required .*arguments?: (.*)", str(error))
+        if missing is not None and f"{function.__name__}()" in str(error):
+            raise ValueError(f"{key} {settings.get('name', function.__name__)} needs {missing[1]}") from None
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown is None or unknown[1] not in settings:
             raise

@@ -149,8 +149,11 @@ def make_answers(
 
     def answers(base, adapters, ids, key):
         for item in items(ids):
+            # What fills a pack up has no prompt to answer.
+            inputs = item.inputs | {"mask": item.inputs["mask"] & (item.weights > 0)[..., None]}
             own = np.asarray(ids)[item.slots], item.rows[:, 0].astype(np.int32)
-            tokens, lengths = side_by_side(base, adapters, item.inputs, item.slots, *own, key)
+            pack = rounds.spread((inputs, item.slots, *own), base)
+            tokens, lengths = side_by_side(base, adapters, *pack, key)
             yield item, {"tokens": tokens, "lengths": lengths}
 
     return answers
@@ -191,7 +194,8 @@ def observe(
         known = constants(slots)
         parts: list[list[PyTree]] = [[] for _ in own]
         for item in items(slots):
-            seen = jax.device_get(look(base, item.inputs, item.weights, item.slots, known))
+            pack = rounds.spread((item.inputs, item.weights, item.slots), base)
+            seen = jax.device_get(look(base, *pack, known))
             for place in np.flatnonzero(item.weights.any(axis=1)):
                 parts[item.slots[place]].append(jax.tree.map(lambda leaf: leaf[place], seen))  # noqa: B023
         results += [algorithm.observed(parts[slot], int(known["examples"][slot])) for slot in range(len(own))]
@@ -281,7 +285,8 @@ def _score_group(score, task, base, adapters, items, real) -> tuple[np.ndarray, 
     """(examples, sums) of the clients in the first `real` slots; None if none of them has a test example."""
     total, said = None, []
     for item in items:
-        *sums, predictions = score(base, adapters, item.inputs, item.labels, item.weights, item.slots)
+        pack = rounds.spread((item.inputs, item.labels, item.weights, item.slots), base)
+        *sums, predictions = score(base, adapters, *pack)
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         if task.predict is not None:
             said.append((item, predictions))

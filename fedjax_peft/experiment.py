@@ -170,9 +170,19 @@ class _Stage(NamedTuple):
         count = len(ground.federation.names)
         algorithm = methods.make(config, model, task, base, count, parts)
         rivals = methods.rivals(config, model, task, base, count, parts)
+        for name, rival, settings in rivals:
+            if settings.algorithm.name == config.algorithm.name and _states(rival) != _states(algorithm):
+                raise ValueError(f"points.{name} goes on from what the run trained, which does not fit its settings")
         mesh = rounds.make_mesh(config.run.mesh.clients, config.run.mesh.model)
         clients = _clients(config, ground, algorithm, rivals, {})
         return cls(mesh, model, task, algorithm, rivals, methods.strategy(config, base), *clients)
+
+
+def _states(algorithm: Algorithm) -> tuple:
+    """What server and clients keep: structure, shapes and types."""
+    server = jax.eval_shape(algorithm.init, jax.random.key(0))
+    leaves, structure = jax.tree.flatten((server, rounds.client_states(algorithm, server)))
+    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
 def _clients(

@@ -54,11 +54,11 @@ def read(workdirs: Sequence[epath.PathLike]) -> tuple[Scores, dict[str, str]]:
     How rows were drawn and what is held out beside tests make no scenario of their own.
 
     Raises:
-      ValueError: a directory without a finished run, or runs of a method that differ in more than that within a
-        scenario, such as ablations, which must not be averaged.
+      ValueError: a directory without a finished run, runs of several metrics or of one of which less is better, or runs
+        of a method that differ in more than that within a scenario, such as ablations, which must not be averaged.
     """
     found: dict[str, dict[str, list[float]]] = {}
-    sets, first = {}, {}
+    sets, first, metrics_of = {}, {}, {}
     for workdir in map(epath.Path, workdirs):
         written, summary = manifest.read(workdir), metrics.read_json(workdir / "summary.json")
         if written is None or summary is None or "pools" not in summary:
@@ -78,8 +78,12 @@ def read(workdirs: Sequence[epath.PathLike]) -> tuple[Scores, dict[str, str]]:
         for point, statistics in summary["pools"]["seen"].items():
             title = {"personal": name, "global": f"{name} (global)"}.get(point, point)
             if point != "base":
-                value = statistics[evaluate.headline(statistics)]["mean"]
-                found.setdefault(scenario, {}).setdefault(title, []).append(value)
+                metric = evaluate.headline(statistics)
+                metrics_of.setdefault(metric, workdir)
+                found.setdefault(scenario, {}).setdefault(title, []).append(statistics[metric]["mean"])
+    if len(metrics_of) > 1 or set(metrics_of) & set(evaluate.LESS_IS_BETTER):
+        told = ", ".join(f"{metric} in {workdir}" for metric, workdir in metrics_of.items())
+        raise ValueError(f"gains are of one metric of which more is better, but found is {told}")
     short = _short(list(found))
     scores = {
         short[scenario]: {name: float(np.mean(values)) for name, values in of.items()} for scenario, of in found.items()

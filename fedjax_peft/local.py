@@ -1,6 +1,6 @@
 """Training on the batches of one client: a scan over steps in which padding changes nothing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,14 @@ def mean_loss(task: Task, outputs: PyTree, batch: Batches) -> Array:
     """The weighted mean over the examples of a batch `[B, ..]`, 0 if there are none; padding may be anything."""
     losses = jnp.where(batch.weights > 0, task.loss(outputs, batch.labels) * batch.weights, 0.0)
     return jnp.sum(losses) / jnp.maximum(jnp.sum(batch.weights), 1.0)
+
+
+def reweighted(batches: Batches, weights: Array) -> Batches:
+    """The batches with other weights of their examples; answers that weigh nothing are no targets of any mean."""
+    labels = batches.labels
+    if isinstance(labels, Mapping) and "targets" in labels:
+        labels = {**labels, "targets": jnp.where(weights[..., None] > 0, labels["targets"], -1)}
+    return batches.replace(weights=weights, labels=labels)
 
 
 def train(

@@ -96,6 +96,8 @@ def folded(config: ConfigDict, model: Model) -> Model:
         return mutual.ensembled(model)
     if name in ("fedprompt", "fedptuning"):
         settings = {**_defaults(config), **_settings(config)}
+        if settings.get("prompt") is inspect.Parameter.empty:
+            raise ValueError("algorithm fedprompt needs 'prompt'")
         return fedprompt.prompted(model, len(settings["prompt"]) if name == "fedprompt" else settings["virtual_tokens"])
     return adapters.merged(model) if config.adapter.kind == "full" else model
 

@@ -204,7 +204,8 @@ def scatter(values: Array, ids: Array, weights: Array, experts: int) -> Array:
     features = values.shape[ids.ndim :]
     holds = jax.nn.one_hot(ids, experts, dtype=jnp.float32) * weights.reshape(clients, *(1,) * ids.ndim)
     holds, values = holds.reshape(clients, -1, slots, experts), values.reshape(clients, ids[0].size // slots, slots, -1)
-    return jnp.einsum("clue,cluf->lef", holds, values).reshape(*layers, experts, *features)
+    # Accelerators would round float32 factors to fewer bits, and with them the number of examples behind an expert.
+    return jnp.einsum("clue,cluf->lef", holds, values, precision="highest").reshape(*layers, experts, *features)
 
 
 def over_holders(total: Array, holders: Array) -> Array:

@@ -121,6 +121,16 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(lambda leaf: _put(leaf, NamedSharding(mesh, P())), tree)
 
 
+def spread(tree: PyTree, base: PyTree) -> PyTree:
+    """Puts host arrays `[I, ..]` on the devices that the base is on, split over `clients` where that divides I."""
+    shardings = (leaf.sharding for leaf in jax.tree.leaves(base))
+    mesh = next((sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)), None)
+    if mesh is None:
+        return tree
+    uneven = len(jax.tree.leaves(tree)[0]) % mesh.shape["clients"]
+    return jax.device_put(tree, NamedSharding(mesh, P() if uneven else P("clients")))
+
+
 def local(tree: PyTree, mesh: Mesh) -> PyTree:
     """The part of arrays on the mesh that is on this process's devices, without a copy.
 

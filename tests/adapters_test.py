@@ -145,6 +145,12 @@ def test_an_adapted_layer_norm_merges_too():
     np.testing.assert_allclose(x * merged["scale"][None] + merged["bias"][None], beside, rtol=1e-6)
 
 
+def test_merged_weights_keep_their_precision():
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), toy.model().init(KEY))
+    merged = adapters.merge(half, filled(build(targets="all-linear", head="full")))
+    assert jax.tree.map(lambda leaf: leaf.dtype, merged) == jax.tree.map(lambda leaf: leaf.dtype, half)
+
+
 def test_merging_leaves_other_weights_alone():
     merged = adapters.merge(BASE, filled(build(head="frozen")))
     np.testing.assert_array_equal(merged["classifier"]["kernel"], BASE["classifier"]["kernel"])

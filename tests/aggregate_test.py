@@ -15,6 +15,11 @@ def test_mean_over_those_that_reported(weighting, expected):
     np.testing.assert_allclose(aggregate.mean(aggregate.weighted_sum(UPLOADS, COHORT, weighting))["w"], expected)
 
 
+def test_nobody_with_examples_moves_nothing():
+    nothing = aggregate.WeightedSum({"a": jnp.zeros(3)}, jnp.float32(0))
+    np.testing.assert_array_equal(aggregate.mean(nothing)["a"], np.zeros(3))
+
+
 def test_sums_are_additive_over_clients():
     whole = aggregate.weighted_sum(UPLOADS, COHORT, "examples")
     parts = [

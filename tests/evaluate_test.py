@@ -214,6 +214,12 @@ def test_what_is_known_before_training_is_said_of_each_client(store):
     np.testing.assert_array_equal(found["own"], [0, 1, 0, 3, 4])  # client 2 has no examples
 
 
+def test_packs_are_split_over_the_devices_of_the_base():
+    base = rounds.shard_base({"w": jnp.zeros(3)}, rounds.make_mesh(4, 1))
+    split, whole = rounds.spread(np.zeros((8, 3)), base), rounds.spread((np.zeros((6, 3)), np.zeros(6)), base)[0]
+    assert split.sharding.shard_shape(split.shape) == (2, 3) and whole.sharding.is_fully_replicated
+
+
 def fedit():
     model = toy.model()
     init = functools.partial(adapters.init, shapes=model.init(jax.random.key(0)), rank=2, targets="query")
@@ -254,7 +260,7 @@ def test_what_is_written_is_judged_by_client_and_by_pool(store):
 def test_what_is_drawn_depends_on_seed_round_and_client_alone(store):
     def generate(base, adapters, inputs, key):
         drawn = jax.random.bits(key, inputs["mask"].shape[:1], jnp.uint16)
-        return drawn[:, None], jnp.ones(len(drawn), jnp.int32)
+        return drawn[:, None], jnp.any(inputs["mask"], 1).astype(jnp.int32)
 
     def drawn(ids, pack, key):
         ids = np.asarray(ids, np.int32)
@@ -262,6 +268,7 @@ def test_what_is_drawn_depends_on_seed_round_and_client_alone(store):
         found = {}
         for item, said in write({}, {"a": jnp.zeros(len(ids))}, ids, key):
             real = item.weights > 0
+            np.testing.assert_array_equal(said["lengths"], real)  # what fills a pack up has no prompt to answer
             found |= dict(zip(item.rows[real].tolist(), np.asarray(said["tokens"])[real].ravel().tolist(), strict=True))
         return found
 

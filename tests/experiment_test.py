@@ -243,6 +243,13 @@ MISTAKES = {
     "points.x.personalize.stepz is no key of a config": {
         "points": {"x": {"algorithm": {"name": "lora"}, "personalize": {"stepz": 3}}}
     },
+    "points.x goes on from what the run trained, which does not fit its settings": {
+        "algorithm": {"name": "perfedavg"},
+        "personalize": {"steps": 1},
+        "points": {"x": {"optimizer": {"name": "sgd"}}},
+    },
+    "algorithm fedprompt needs 'prompt'": {"algorithm": {"name": "fedprompt"}, "points": {}},
+    "data table needs 'source'": {"data": {"name": "table"}},
     "points.x.data cannot differ, only algorithm, optimizer and personalize": {"points": {"x": {"data": {}}}},
     "algorithm.keep_optimizer is not a setting of fedp2eft": {
         "algorithm": {"name": "fedp2eft", "keep_optimizer": True}

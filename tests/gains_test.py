@@ -87,3 +87,15 @@ def test_ablations_are_not_averaged(tmp_path):
     write(tmp_path / "b", 0.1, "fedit", 1, 0.4, 0.5, rank=56)
     with pytest.raises(ValueError, match="both hold fedit but differ in adapter.rank: give one of them"):
         gains.read(sorted(tmp_path.iterdir()))
+
+
+def test_one_metric_of_which_more_is_better(tmp_path):
+    write(tmp_path / "a", 0.1, "fedit", 0, 0.6, 0.9)
+    write(tmp_path / "b", 0.1, "fedamole", 0, 0.4, 0.5)
+    content = metrics.read_json(tmp_path / "b" / "summary.json")
+    for point in content["pools"]["seen"].values():
+        point["ter"] = point.pop("accuracy")
+    metrics.write_json(tmp_path / "b" / "summary.json", content)
+    for runs in (["b"], ["a", "b"]):
+        with pytest.raises(ValueError, match="gains are of one metric of which more is better"):
+            gains.read([tmp_path / name for name in runs])

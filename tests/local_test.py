@@ -97,6 +97,17 @@ def test_the_loss_is_the_mean_over_examples_and_padding_may_be_anything():
     assert loss({}, batch.replace(weights=np.zeros(4, np.float32)), KEY)[0] == 0
 
 
+@pytest.mark.parametrize("average", ["tokens", "examples"])
+def test_answers_that_weigh_nothing_count_in_no_mean(average):
+    task = tasks.causal(average=average)
+    outputs = jax.random.normal(jax.random.key(0), (2, 4, 7))
+    both = Batches({}, {"targets": jnp.array([[1, 2, -1, -1], [3, 4, 5, 6]])}, jnp.ones(2), None, ())
+    for kept in (0, 1):
+        alone = both.replace(labels={"targets": both.labels["targets"][kept : kept + 1]}, weights=jnp.ones(1))
+        found = local.mean_loss(task, outputs, local.reweighted(both, jnp.arange(2) == kept))
+        np.testing.assert_allclose(found, local.mean_loss(task, outputs[kept : kept + 1], alone), rtol=1e-6)
+
+
 def test_the_rate_multiplies_updates_and_moments_are_handed_on():
     def loss(params, batch, key):
         del batch, key

@@ -43,6 +43,18 @@ def test_it_is_as_if_the_part_had_been_merged_into_the_base(factory):
     )
 
 
+def test_dropout_is_that_of_what_is_trained():
+    """The part of the base is frozen and whole; what a client trains at the same sites is dropped."""
+    inputs = jax.tree.map(lambda leaf: leaf[0], OWN.inputs)
+    tuned = jax.tree.map(lambda leaf: leaf + 0.1, INIT(jax.random.key(6), dropout=0.5))
+    model, key = personal_base.beside(MODEL), jax.random.key(3)
+    alone = jax.tree.map(lambda leaf: leaf + 0.1, INIT(jax.random.key(6)))
+    part_alone = model.apply((BASE, PART), {}, inputs, key)
+    np.testing.assert_allclose(part_alone, model.apply((BASE, PART), {}, inputs), rtol=1e-6)
+    np.testing.assert_allclose(model.apply((BASE, PART), tuned, inputs), model.apply((BASE, PART), alone, inputs))
+    assert np.abs(model.apply((BASE, PART), tuned, inputs, key) - model.apply((BASE, PART), tuned, inputs)).max() > 1e-3
+
+
 def test_without_steps_a_client_has_its_own_base():
     method = personal_base.personal_base(lora.lora(personal_base.beside(MODEL), TASK, INIT, ADAM))
     none = jax.tree.map(lambda leaf: leaf[:0], OWN.replace(constants={}))

@@ -218,7 +218,7 @@ def scores(layout: ranks.Layout, known: Known, adapters: PyTree) -> Array:
     parts, nodes = [], adapters_lib.nodes(adapters)
     for path in layout.paths:
         own = nodes[path].rows if keys[path] is None else keys[path] / keys[path].shape[-1] ** 0.5
-        product = jnp.einsum("...eq,...nq->...en", own, queries[path])
+        product = jnp.einsum("...eq,...nq->...en", own, queries[path], precision="highest")
         parts.append(product.reshape(-1, *product.shape[-2:]))
     found = jnp.concatenate(parts)[layout.order]
     embedded = known.embedded[None, None]

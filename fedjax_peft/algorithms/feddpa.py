@@ -96,7 +96,7 @@ def feddpa(
         fixed = trees.select(client.local, lambda leaf: not adapters_lib.is_trained(leaf))
 
         def objective(trained, batch, key):
-            return loss(_beside(frozen, trees.join(trained, fixed)), batch, key)
+            return loss(adapters_lib.beside(frozen, trees.join(trained, fixed)), batch, key)
 
         start = trees.select(client.local, adapters_lib.is_trained)
         moments = client.optimizer if keep_optimizer else optimizer.init(start)
@@ -146,23 +146,6 @@ def part(client: Client) -> PyTree:
     They have no dropout, as weights have none. Clients that were never sampled have B = 0 there, which adds nothing.
     """
     return _each(client.local, lambda node: node.replace(dropout=0.0))
-
-
-@struct.dataclass
-class _Beside:
-    """What a client's adapter adds to a site of the frozen model, whose part of it has no dropout."""
-
-    frozen: PyTree
-    trained: PyTree  # None at sites, such as the head, where clients have nothing of their own
-
-    def __call__(self, x: Array, key: Array | None = None) -> Array:
-        y = self.frozen(x)
-        return y if self.trained is None else y + self.trained(x, key)
-
-
-def _beside(frozen: PyTree, trained: PyTree) -> PyTree:
-    own = adapters_lib.nodes(trained)
-    return adapters_lib.nest({path: _Beside(node, own.get(path)) for path, node in adapters_lib.nodes(frozen).items()})
 
 
 def _each(adapters: PyTree, change: Callable[[PyTree], PyTree]) -> PyTree:

@@ -28,6 +28,7 @@ from fedjax_peft import aggregate, implicit, local, ranks, taps, trees
 from fedjax_peft.types import Algorithm, Array, Batches, Model, PyTree, Task
 
 HIDDEN = 100
+NETWORK = 2**31 - 1  # folded into the server's key; adapters draw with the numbers of their sites
 
 
 @struct.dataclass
@@ -123,7 +124,7 @@ def fedl2p(
 
     def init(key):
         rates = jnp.full(2 * layout.sites, inner_rate, jnp.float32)
-        meta = Meta(make_network(jax.random.fold_in(key, 1), inputs, 2 * layout.sites), rates)
+        meta = Meta(make_network(jax.random.fold_in(key, NETWORK), inputs, 2 * layout.sites), rates)
         return Server(meta, init_adapters(key))
 
     def init_client(server, client_id, key):
@@ -230,7 +231,7 @@ def per_tensor(layout: ranks.Layout, adapters: PyTree, rates: Array, other: floa
 
 
 def split(batches: Batches, share: float) -> tuple[Batches, Batches]:
-    """The batches with only a share of the client's examples, and with only the others; weights alone differ.
+    """The batches with only a share of the client's examples, and with only the others.
 
     Examples are put in order by a number made of their tokens and the last ones are held back: an example has another
     place in each epoch and round, but must always be on the same side. At least one stays on the first.
@@ -246,7 +247,7 @@ def split(batches: Batches, share: float) -> tuple[Batches, Batches]:
     count = jnp.maximum(jnp.floor(share * jnp.sum(real)).astype(jnp.int32), 1)
     held = real & (numbers > order[count - 1])
     first, second = jnp.where(held, 0.0, weights), jnp.where(held, weights, 0.0)
-    return batches.replace(weights=first), batches.replace(weights=second)
+    return local.reweighted(batches, first), local.reweighted(batches, second)
 
 
 def adapt(

@@ -31,7 +31,8 @@ PROFILES = {
     "reference": bayestune.REFERENCE | {"tap_dtype": "bfloat16", "tap_mask_padding": False, "tap_standardize": "none"},
 }
 
-BUDGET = 2**31 - 1  # folded into a client's key for its draw of a budget; larger than any step, which have theirs
+# Folded into keys, the server's and a client's; larger than any number of a site or of a step, which have theirs.
+PSG_START, BUDGET = 2**31 - 2, 2**31 - 1
 
 
 @struct.dataclass
@@ -143,7 +144,7 @@ def fedp2eft(
     fit = optax.adam(psg_rate)
 
     def init(key):
-        psg = make_psg(jax.random.fold_in(key, 1), inputs, psg_width * inputs, shape[0] * shape[1])
+        psg = make_psg(jax.random.fold_in(key, PSG_START), inputs, psg_width * inputs, shape[0] * shape[1])
         nothing = Statistics(jnp.float32(0), jnp.zeros(inputs, jnp.float32), jnp.zeros(inputs, jnp.float32))
         # The key itself, as in the methods that this one is compared with: all start from the same A.
         return Server(psg, init_adapters(key), nothing if running else (), jnp.int32(0))

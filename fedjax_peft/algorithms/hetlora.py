@@ -206,8 +206,8 @@ def product_norm(adapters: PyTree) -> Array:
     """
 
     def square(node):
-        down = jnp.einsum("...dr,...ds->...rs", node.a, node.a)
-        up = jnp.einsum("...rf,...sf->...rs", node.b, node.b)
+        down = jnp.einsum("...dr,...ds->...rs", node.a, node.a, precision="highest")
+        up = jnp.einsum("...rf,...sf->...rs", node.b, node.b, precision="highest")
         return jnp.sum(down * up, axis=tuple(range(1, down.ndim)))
 
     # Rounding may leave a product that is 0 a little below.

@@ -13,11 +13,11 @@ def beside(model: Model) -> Model:
 
     def apply(base, adapters, inputs, key=None):
         base, part = base
-        return model.apply(base, adapters_lib.concat(part, adapters), inputs, key)
+        return model.apply(base, adapters_lib.beside(part, adapters), inputs, key)
 
     def taps(base, adapters, inputs, key=None):
         base, part = base
-        return model.taps(base, adapters_lib.concat(part, adapters), inputs, key)
+        return model.taps(base, adapters_lib.beside(part, adapters), inputs, key)
 
     return model._replace(apply=apply, taps=taps)
 
