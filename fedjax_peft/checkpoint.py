@@ -24,7 +24,9 @@ class Restored(NamedTuple):
 
 def manager(workdir: str, keep: int = 2) -> Any:
     """The Orbax manager of a run directory; keeps the newest `keep` checkpoints."""
-    folder = epath.Path(workdir).resolve() / "checkpoints"
+    folder = epath.Path(workdir) / "checkpoints"
+    # Orbax wants a local folder from the root on; `resolve` takes gs:// for the name of one.
+    folder = folder if "://" in str(folder) else folder.resolve()
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, create=True, enable_async_checkpointing=False, cleanup_tmp_directories=True
     )

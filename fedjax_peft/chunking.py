@@ -25,10 +25,10 @@ def candidates(clients_per_device: int) -> list[int]:
 def choose(
     workdir: epath.PathLike, sizes: Sequence[int], prepare: Callable[[int], tuple[Any, Callable[[], tuple]]]
 ) -> int:
-    """The chunk with the fastest round among those that fit, measured once per run directory.
+    """The chunk with the fastest round among those that fit, measured once per run directory and kind of devices.
 
-    A chunk changes results by rounding, so the choice is written to chunk.json and a resumed run keeps to it. All
-    processes come to the same one, that of the slowest.
+    A chunk changes results by rounding, so the choice is written to chunk.json and a resumed run keeps to it, unless it
+    goes on with other devices or another number of them. All processes come to the same one, that of the slowest.
 
     Args:
       workdir: run directory.
@@ -36,9 +36,10 @@ def choose(
       prepare: chunk -> (jitted round, function that makes its arguments, new ones for each call: they are donated).
     """
     path = epath.Path(workdir) / "chunk.json"
-    known = metrics.read_json(path)
-    if known is not None:
-        return known["chunk"]
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    known = metrics.read_json(path) or {}
+    if devices in known:
+        return known[devices]["chunk"]
     seconds: dict[int, float] = {}
     for size in sizes:
         step, arguments = prepare(size)
@@ -54,7 +55,8 @@ def choose(
     if not seconds:
         raise ValueError(f"not even {sizes[0]} clients at a time fit into memory; use a smaller batch or width")
     best = min(seconds, key=seconds.get)
-    metrics.write_json(path, {"chunk": best, "seconds": {str(size): value for size, value in seconds.items()}})
+    own = {"chunk": best, "seconds": {str(size): value for size, value in seconds.items()}}
+    metrics.write_json(path, known | {devices: own})
     return best
 
 

@@ -182,6 +182,7 @@ def _play(
     step = rounds.make_round(algorithm, mesh, going.chunk)
     slots = rounds.slots_for(len(clients.sample(0)), mesh, going.chunk)
     pending, finished, asked = None, time.monotonic(), False
+    path, unwritten = going.workdir / "rounds.jsonl", []
     with console.progress(total, start) as show, concurrent.futures.ThreadPoolExecutor(1, "prefetch") as aside:
 
         def record(following=None):
@@ -190,9 +191,13 @@ def _play(
             if pending is not None:
                 line = records.line(pending, clients, finished)
                 finished = time.monotonic()
-                metrics.append_line(going.workdir / "rounds.jsonl", line)
+                unwritten.append(line)
                 show(line)
                 asked |= bool(np.asarray(pending.told)[:, 2].any())
+            # Where each addition replaces the whole file, lines are added when a checkpoint needs them.
+            if following is None or metrics.appends(path):
+                metrics.append_lines(path, unwritten)
+                unwritten.clear()
             pending = following
 
         @contextlib.contextmanager

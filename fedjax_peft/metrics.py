@@ -26,12 +26,20 @@ def read_json(path: epath.PathLike) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def append_line(path: epath.PathLike, record: Mapping[str, Any]) -> None:
-    """Adds one JSON object as a line."""
+def appends(path: epath.PathLike) -> bool:
+    """Whether lines can be added to a file; objects of a store (gs://, s3://) are only ever replaced."""
+    return "://" not in str(path)
+
+
+def append_lines(path: epath.PathLike, records: Iterable[Mapping[str, Any]]) -> None:
+    """Adds JSON objects, a line each; in an object store the file is replaced by one with these lines at its end."""
     if not processes.first():
         return
-    with epath.Path(path).open("a") as file:
-        file.write(json.dumps(record, default=_plain) + "\n")
+    path, text = epath.Path(path), "".join(json.dumps(record, default=_plain) + "\n" for record in records)
+    if not appends(path):
+        return _replace(path, (path.read_text() if path.exists() else "") + text)
+    with path.open("a") as file:
+        file.write(text)
 
 
 def read_lines(path: epath.PathLike) -> list[dict[str, Any]]:

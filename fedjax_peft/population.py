@@ -47,7 +47,12 @@ def create(shapes: PyTree, clients: int, folder: epath.PathLike | None = None) -
       clients: N.
       folder: of a local disk with room for all states of this process, which then take no memory; they are gone when
         the process ends. None keeps them in memory.
+
+    Raises:
+      ValueError: a folder in an object store.
     """
+    if "://" in str(folder):
+        raise ValueError(f"run.population is {folder!r}, expected a folder of a local disk")
     own = max(1, len(range(jax.process_index(), clients, jax.process_count())))
     sizes = [own * math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(shapes)]
     scratch = mapped = None

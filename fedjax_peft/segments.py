@@ -6,6 +6,8 @@ current has the rest of it written again with a later one; it goes when no check
 of processes can read what any other number wrote.
 """
 
+import contextlib
+import io
 import os
 
 import numpy as np
@@ -99,7 +101,8 @@ def _write_file(people, path, ids):
         for client in ids:
             file.write(population.pack(population.take(people, np.array([client]))).tobytes())
         file.flush()
-        if hasattr(file, "fileno"):
+        # Files of object stores have no descriptor: theirs are kept once they are closed.
+        with contextlib.suppress(io.UnsupportedOperation):
             os.fsync(file.fileno())
     temporary.replace(path)
 

@@ -18,9 +18,19 @@ def test_the_choice_is_measured_once_and_kept(tmp_path):
         return jax.jit(lambda x: x + 1, donate_argnums=0), lambda: (jnp.zeros(size, jnp.float32),)
 
     first = chunking.choose(tmp_path, [1, 2], prepare)
-    assert first in tried and metrics.read_json(tmp_path / "chunk.json")["chunk"] == first
+    (devices,) = metrics.read_json(tmp_path / "chunk.json")
+    assert devices == "4 x cpu" and first in tried
     tried.clear()
     assert chunking.choose(tmp_path, [1, 2], prepare) == first and not tried
+
+
+def test_other_devices_are_measured_anew_and_both_are_kept(tmp_path):
+    sizes, prepare = [1], lambda size: (jax.jit(lambda x: x + 1), lambda: (jnp.zeros(size, jnp.float32),))
+    other = {"8 x TPU v5 lite": {"chunk": 64, "seconds": {"64": 1.0}}}
+    metrics.write_json(tmp_path / "chunk.json", other)
+    assert chunking.choose(tmp_path, sizes, prepare) == 1
+    found = metrics.read_json(tmp_path / "chunk.json")
+    assert found | other == found and found["4 x cpu"]["chunk"] == 1
 
 
 def test_what_does_not_fit_is_not_run(tmp_path, monkeypatch):

@@ -123,7 +123,7 @@ def test_speed_settings_change_nothing(finished, tmp_path):
 
 def test_the_fastest_chunk_is_kept(tmp_path):
     run(tmp_path, chunk=None, total=2)
-    assert metrics.read_json(tmp_path / "chunk.json")["chunk"] in (1, 2)
+    assert metrics.read_json(tmp_path / "chunk.json")["4 x cpu"]["chunk"] in (1, 2)
 
 
 def test_a_client_that_turns_nan_is_named_and_left_out(finished, tmp_path):

@@ -8,7 +8,7 @@ from fedjax_peft import metrics
 def test_lines_survive_a_kill_in_the_middle_of_one(tmp_path):
     path = tmp_path / "rounds.jsonl"
     for index in range(3):
-        metrics.append_line(path, {"round": index, "loss": np.float32(0.5)})
+        metrics.append_lines(path, [{"round": index, "loss": np.float32(0.5)}])
     with open(path, "a") as file:
         file.write('{"round": 3, "lo')
     assert [line["round"] for line in metrics.read_lines(path)] == [0, 1, 2]

@@ -64,7 +64,7 @@ def write_run(
         }
     for index in range(rounds):
         line = {"round": index, "loss": 2.0 - index, "reported": 3, "tokens_per_second": 100.0, "padding_waste": 0.25}
-        metrics.append_line(workdir / "rounds.jsonl", line)
+        metrics.append_lines(workdir / "rounds.jsonl", [line])
     metrics.merge_rows(workdir / "clients.parquet", rows, 3)
     if personal != ("personal",):
         metrics.merge_rows(workdir / "strategies.parquet", strategies(clients, personal), rounds)

@@ -1,0 +1,66 @@
+"""Run directories, data and models in object stores, where nothing can be added to a file and no disk is local."""
+
+import buckets
+import loop_test
+import numpy as np
+import pytest
+from etils import epath
+
+from fedjax_peft import checkpoint, loop, metrics, population, report
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory):
+    folder, manager = tmp_path_factory.mktemp("checkpoints"), checkpoint.manager
+    with buckets.in_memory() as name, pytest.MonkeyPatch.context() as patch:
+        # TensorStore, which writes checkpoints, has no bucket in memory.
+        patch.setattr(checkpoint, "manager", lambda workdir, keep=2: manager(folder / epath.Path(workdir).name, keep))
+        yield epath.Path(name)
+
+
+def test_checkpoints_stand_in_the_bucket(monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoint.ocp, "CheckpointManager", lambda folder, options: str(folder))
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.manager("gs://bucket/run") == "gs://bucket/run/checkpoints"
+    assert checkpoint.manager("run") == f"{tmp_path}/run/checkpoints"
+
+
+def test_states_of_clients_lie_on_a_local_disk():
+    with pytest.raises(ValueError, match="run.population is 'gs://bucket/states', expected a folder of a local disk"):
+        population.create({"a": np.zeros(2, np.float32)}, 3, "gs://bucket/states")
+
+
+def test_lines_are_added_to_what_is_there(bucket):
+    path = bucket / "lines.jsonl"
+    metrics.append_lines(path, [{"round": 0}])
+    metrics.append_lines(path, [{"round": 1}, {"round": np.int64(2)}])
+    assert path.read_text() == '{"round": 0}\n{"round": 1}\n{"round": 2}\n'
+    metrics.rewind(path, 1)
+    assert metrics.read_lines(path) == [{"round": 0}]
+
+
+def test_a_run_goes_on_where_it_was_stopped(bucket):
+    workdir, whole = bucket / "stopped", bucket / "whole"
+    loop_test.run(whole, chunk=None)
+    loop_test.run(workdir, total=2, chunk=None)
+    summary = loop_test.run(workdir, total=4, chunk=None)
+    assert summary == metrics.read_json(workdir / "summary.json")
+    assert [line["round"] for line in metrics.read_lines(workdir / "rounds.jsonl")] == [0, 1, 2, 3]
+    losses = [metrics.read_lines(folder / "rounds.jsonl")[3]["loss"] for folder in (workdir, whole)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    given = loop_test.problem()
+    _, people = loop.final(given.algorithm, given.mesh, loop_test.CLIENTS, workdir)
+    met = np.flatnonzero(people.known)
+    assert len(met) and (people.states["id"][met] == met).all()
+    assert not list(workdir.glob("*.tmp")) and not list((workdir / "population").glob("*.tmp"))
+
+
+def test_its_report_and_pictures_stand_beside_it(bucket, capsys):
+    workdir = bucket / "reported"
+    loop_test.run(workdir)
+    experiment = {"algorithm": {"name": "fedit"}, "seed": 0, "adapter": {"rank": 2, "alpha": 16.0}}
+    metrics.write_json(workdir / "manifest.json", {"experiment": experiment, "sha256": {"base": "", "test": ""}})
+    report.show(workdir)
+    assert "after 4 rounds of fedit" in capsys.readouterr().out
+    pictures = list((workdir / "plots").iterdir())
+    assert pictures and all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
