@@ -195,7 +195,7 @@ def _play(
                 show(line)
                 asked |= bool(np.asarray(pending.told)[:, 2].any())
             # Where each addition replaces the whole file, lines are added when a checkpoint needs them.
-            if following is None or metrics.appends(path):
+            if unwritten and (following is None or metrics.appends(path)):
                 metrics.append_lines(path, unwritten)
                 unwritten.clear()
             pending = following
