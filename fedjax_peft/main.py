@@ -23,6 +23,9 @@ USAGE = """usage: fedjax-peft COMMAND [flags]
            --output=population.json]              time and memory of rounds whose clients have large states on disk
   generate  --workdir=DIR --client=K|NAME --prompt=TEXT [--template=plain|alpaca|alpaca_turn|chat --tokens=128
            --temperature=0 --top_p=1]             what the personalized model of one client of a finished run answers
+  export  --workdir=DIR --client=K|NAME|global --output=FOLDER [--point=NAME --merged]
+                                                  adapters of that client, or of the server, for peft; or the whole
+                                                  model for transformers
   plan    --config=FILE.py --topology=v5e:16x16[,v5p:4x4x4,gpu ..] [--search --scaling --classes=16 --steps=N
            --answer=TOKENS --output=plan.json --config.KEY=VALUE ..]
                                                   memory, time and traffic of a round on hardware that need not exist
@@ -146,7 +149,21 @@ def generate(arguments: list[str]) -> None:
     print(asking.answer(*asked, template=own.template, key=key, new_tokens=own.tokens, **sampled))
 
 
-COMMANDS = {function.__name__: function for function in (run, generate, report, gains, bench, plan, doctor)}
+def export(arguments: list[str]) -> None:
+    """`export`: see USAGE."""
+    own = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "run directory", flag_values=own)
+    flags.DEFINE_string("client", None, "number of a client, its name, or global for the server", flag_values=own)
+    flags.DEFINE_string("output", None, "folder to write", flag_values=own)
+    flags.DEFINE_string("point", None, "evaluation point; the headline one by default", flag_values=own)
+    flags.DEFINE_bool("merged", False, "write the whole model", flag_values=own)
+    _parse(own, arguments, ("workdir", "client", "output"))
+    from fedjax_peft import export as exporting
+
+    print(exporting.export(own.workdir, own.client, own.output, point=own.point, merged=own.merged))
+
+
+COMMANDS = {function.__name__: function for function in (run, generate, export, report, gains, bench, plan, doctor)}
 
 
 def _flags(arguments: list[str], needed: dict[str, str], further: flags.FlagValues | None = None) -> flags.FlagValues:

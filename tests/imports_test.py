@@ -91,8 +91,8 @@ ALLOWED = {
     "experiment": ENGINE
     | RUN
     | {"config", "data", "ground", "loop", "manifest", "methods", "one_client", "rank_recovery"},
-    "export": PURE
-    | {"adapters", "config", "data", "experiment", "ground", "manifest", "mixture", "models", "one_client"},
+    "published": PURE | {"adapters", "models"},
+    "export": PURE | {"adapters", "experiment", "ground", "manifest", "mixture", "models", "one_client", "published"},
     "asking": PURE | {"data", "experiment", "generate", "ground", "one_client"},
     "bench_torch": set(),
     "bench_job": ENGINE | {"algorithms", "data", "models", "rounds"},
