@@ -8,7 +8,7 @@ import optax
 import pytest
 import tiny
 
-from fedjax_peft import experiment, main, metrics
+from fedjax_peft import experiment, ground, main, metrics
 from fedjax_peft.data import federated, tokenizers, trimmed
 from fedjax_peft.data.federated import Encoded
 
@@ -59,9 +59,20 @@ def test_a_trimmed_classifier_reads_texts_as_its_evaluation_did(workdir):
     assert np.mean([losses[tuple(tokens)] for tokens in held]) == pytest.approx(rows["p2"]["loss"], abs=1e-6)
 
 
-def test_what_was_cut_is_in_the_manifest(workdir):
+def test_what_was_cut_is_told_and_in_the_manifest(workdir, caplog):
     sizes = metrics.read_json(workdir / "manifest.json")["sizes"]
     assert sizes["train_cut"] + sizes["test_cut"] == 1 and sizes["clients_without_tests"] == 0
+    store = federated.build(Encoded(np.ones(8, np.int32), None, np.arange(9)), np.zeros(8), [np.arange(8)])
+    nobody = federated.build(federated.encoded(store), np.zeros(8), [np.arange(8), np.arange(0)], allow_empty=True)
+    federation = federated.Federation(store, nobody, ("a", "b"), ("a", "b"), {}, ())
+    ground._tell(federation._replace(test=store, lost={"train_cut": 0, "test_left_out": 0}), 16)
+    assert not caplog.messages
+    ground._tell(federation._replace(lost={"train_cut": 1, "test_cut": 8, "test_left_out": 3}), 16)
+    assert caplog.messages == [
+        "texts longer than max_length = 16 tokens were cut: 12.5 % of train, 100 % of test",
+        "rows whose prompts leave no room for an answer in max_length = 16 tokens were left out: 3 of test",
+        "1 of 2 clients have no test examples",
+    ]
 
 
 def test_a_classifier_writes_nothing(workdir, capsys, monkeypatch):
