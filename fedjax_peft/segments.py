@@ -24,7 +24,7 @@ def write(people: Population, folder: epath.PathLike, round_index: int) -> None:
     ids = np.flatnonzero(changed)
     if processes.first():
         folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob(f"{_name(round_index)}*"):
+        for old in _files(folder, _name(round_index)):
             old.unlink()  # of a checkpoint that was never finished
     processes.gather(None)
     index, count = processes.place()
@@ -57,7 +57,7 @@ def read(people: Population, folder: epath.PathLike, round_index: int, written: 
     people.segments.update({int(key): size for key, size in sizes.items()})
     index, count = processes.place()
     for segment in np.unique(written[written >= 0]).tolist():
-        files = sorted(folder.glob(f"{_name(segment)}-*-of-*"))
+        files = [path for path in _files(folder, f"{_name(segment)}-") if path.suffix != ".tmp"]
         parts = int(files[0].name.rpartition("-")[2]) if files else 0
         if not parts or len(files) != parts:
             raise ValueError(f"segment {segment} of {folder} has {len(files)} of {parts} files")
@@ -76,7 +76,7 @@ def prune(folder: epath.PathLike, kept: list[int]) -> None:
         return
     needed = {_name(int(segment)) for segments in lists.values() for segment in segments}
     steps = {_name(step) for step in kept}
-    for path in folder.glob("*"):
+    for path in _files(folder, ""):
         own = path.name.split("-")[0].split(".")[0]
         if own not in (steps if path.name.endswith(".json") else needed):
             path.unlink()
@@ -117,6 +117,11 @@ def _read_file(people, path, wanted):
             file.seek(start + row * width)
             state = np.frombuffer(file.read(width), np.uint8)
             population.put(people, ids[row : row + 1], population.unpack(state.reshape(1, width), like))
+
+
+def _files(folder: epath.Path, start: str) -> list[epath.Path]:
+    # A glob would read brackets in the names of folders as patterns.
+    return sorted(path for path in folder.iterdir() if path.name.startswith(start)) if folder.is_dir() else []
 
 
 def _name(round_index: int) -> str:

@@ -1,12 +1,19 @@
 """Run directories, data and models in object stores, where nothing can be added to a file and no disk is local."""
 
+import io
+import json
+
 import buckets
 import loop_test
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from etils import epath
 
-from fedjax_peft import checkpoint, loop, metrics, population, report
+from fedjax_peft import checkpoint, loop, metrics, population, report, segments
+from fedjax_peft.data import text, tokenizers
+from fedjax_peft.models import hf
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +71,43 @@ def test_its_report_and_pictures_stand_beside_it(bucket, capsys):
     assert "after 4 rounds of fedit" in capsys.readouterr().out
     pictures = list((workdir / "plots").iterdir())
     assert pictures and all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+
+def test_tables_are_read_from_buckets(bucket):
+    rows = [{"text": "eins", "label": 1}, {"text": "zwö, drei", "label": 0}]
+    content = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), content)
+    folder = bucket / "data"
+    (folder / "de" / "train-00000-of-00001.parquet").write_bytes(content.getvalue())
+    (folder / "de" / "test.csv").write_bytes('text,label\neins,1\n"zwö, drei",0\n'.encode())
+    (folder / "test.tsv").write_bytes("text\tlabel\neins\t1\nzwö, drei\t0\n".encode())
+    (folder / "train.jsonl").write_bytes("".join(json.dumps(row) + "\n" for row in rows).encode())
+    for source, split, config in (
+        (f"{folder}", "train", "de"),
+        (f"{folder}", "test", "de"),
+        (f"{folder}", "test", None),
+        (f"{folder}/train.jsonl", "train", None),
+    ):
+        table = text.read(source, split=split, config=config)
+        assert table["text"].tolist() == ["eins", "zwö, drei"] and table["label"].tolist() == [1, 0]
+    with pytest.raises(ValueError, match="gs://bucket/nothing is neither a folder nor a file of a known kind"):
+        text.read(f"{bucket}/nothing", split="train")
+
+
+@pytest.mark.parametrize("load", [tokenizers.load, lambda source: hf.load(source, labels=2, key=None)])
+def test_models_lie_on_disks(load):
+    with pytest.raises(ValueError, match="model 'gs://bucket/model' is in an object store: copy it to a disk"):
+        load("gs://bucket/model")
+
+
+def test_a_workdir_may_have_brackets_in_its_name(tmp_path):
+    people = population.create({"a": np.zeros(2, np.float32)}, 3)
+    population.scatter(people, np.arange(3), {"a": np.ones((3, 2), np.float32)}, np.ones(3, bool))
+    for index in (1, 2):
+        segments.write(people, tmp_path / "lr[1]", index)
+        people.changed[:] = True
+    again = population.create({"a": np.zeros(2, np.float32)}, 3)
+    segments.read(again, tmp_path / "lr[1]", 2, people.written, people.known)
+    np.testing.assert_array_equal(again.states["a"], np.ones((3, 2)))
+    segments.prune(tmp_path / "lr[1]", [2])
+    assert {path.name[:8] for path in (tmp_path / "lr[1]").iterdir()} == {"00000002"}

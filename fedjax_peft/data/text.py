@@ -3,15 +3,17 @@
 A table is a dict of columns of equal length: numpy arrays, of dtype object where the values are strings or lists.
 """
 
+import fnmatch
 import json
 import logging
-import pathlib
 from collections.abc import Callable, Sequence
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow
 import pyarrow.csv
 import pyarrow.parquet
+from etils import epath
 
 Table = dict[str, np.ndarray]
 
@@ -21,13 +23,14 @@ AUTO = "auto"  # as a split of tests: the usual one, or held-out rows where ther
 
 
 def read(
-    source: str | pathlib.Path, *, split: str, config: str | None = None, columns: Sequence[str] | None = None
+    source: epath.PathLike, *, split: str, config: str | None = None, columns: Sequence[str] | None = None
 ) -> Table:
     """One split of a data set.
 
     Args:
       source: a file .parquet, .csv, .tsv or .jsonl; a folder with [CONFIG/]SPLIT.parquet or the like, also in the hub's
-        layout [CONFIG/ or data/]SPLIT-00000-of-00001.parquet; or the name of a data set on the hub.
+        layout [CONFIG/ or data/]SPLIT-00000-of-00001.parquet; or the name of a data set on the hub. Files and
+        folders may be in an object store, as gs://BUCKET/PATH.
       split: 'train', 'test', .., or several, as in 'train+validation', one after the other; a file is one split,
         whatever it is called. '*' is every file of a folder in the order of names, which the new column `file` has,
         without suffixes.
@@ -37,7 +40,7 @@ def read(
     Raises:
       ValueError: nothing is there, a column is missing, or splits to be joined have different ones.
     """
-    path = pathlib.Path(source).expanduser()
+    path = epath.Path(source).expanduser()
     if path.is_dir() and split == EVERY:
         return _each(path / config if config else path, columns)
     if path.is_dir() and "+" in split:
@@ -46,12 +49,12 @@ def read(
         return _joined(source, parts, tables)
     if path.is_dir():
         files = _files(path, split, config)
-        table = pyarrow.concat_tables([_READERS[file.suffix](file) for file in files], promote_options="default")
+        table = pyarrow.concat_tables([_table(file) for file in files], promote_options="default")
     elif path.is_file() and path.suffix in _READERS:
         if config:
             raise ValueError(f"{source} is one file, but data.configs asks for its subset {config!r}: name a folder")
-        table = _READERS[path.suffix](path)
-    elif path.suffix in _READERS or path.exists() or str(source).startswith((".", "/", "~")):
+        table = _table(path)
+    elif path.suffix in _READERS or path.exists() or str(source).startswith((".", "/", "~")) or "://" in str(source):
         kinds = ", ".join(_READERS)
         raise ValueError(f"{source} is neither a folder nor a file of a known kind ({kinds}); does it exist?")
     else:
@@ -73,7 +76,7 @@ def splits(source: str, train: str, test: str | None, usual: str = "test") -> di
     Raises:
       ValueError: a split of tests is named where there are none.
     """
-    path = pathlib.Path(source).expanduser()
+    path = epath.Path(source).expanduser()
     whole = train == EVERY or (path.suffix in _READERS and not path.is_dir())
     if whole and test not in (None, AUTO):
         raise ValueError(
@@ -86,7 +89,7 @@ def splits(source: str, train: str, test: str | None, usual: str = "test") -> di
 
 
 def read_configs(
-    source: str | pathlib.Path,
+    source: epath.PathLike,
     configs: Sequence[str],
     *,
     split: str,
@@ -159,7 +162,7 @@ def texts(table: Table, columns: str | Sequence[str]) -> tuple[list[str], list[s
     return list(first), None if second is None else list(second)
 
 
-def _joined(source: str | pathlib.Path, names: Sequence[str], tables: Sequence[Table]) -> Table:
+def _joined(source: epath.PathLike, names: Sequence[str], tables: Sequence[Table]) -> Table:
     """The rows of all tables, one below the other."""
     for name, table in zip(names, tables, strict=True):
         if table.keys() != tables[0].keys():
@@ -167,9 +170,9 @@ def _joined(source: str | pathlib.Path, names: Sequence[str], tables: Sequence[T
     return {column: np.concatenate([table[column] for table in tables]) for column in tables[0]}
 
 
-def _each(folder: pathlib.Path, columns: Sequence[str] | None) -> Table:
+def _each(folder: epath.Path, columns: Sequence[str] | None) -> Table:
     """All files of a folder, and in the column `file` which one a row is from."""
-    files = sorted(file for file in folder.glob("*") if file.suffix in _READERS)
+    files = sorted(file for file in _inside(folder) if file.suffix in _READERS)
     if not files:
         raise ValueError(f"{folder} has no file of a known kind ({', '.join(_READERS)})")
     tables = [read(file, split=EVERY, columns=columns) for file in files]
@@ -178,18 +181,28 @@ def _each(folder: pathlib.Path, columns: Sequence[str] | None) -> Table:
     return _joined(folder, [file.name for file in files], tables) | {"file": np.repeat(names, sizes)}
 
 
-def _files(folder: pathlib.Path, split: str, config: str | None) -> list[pathlib.Path]:
+def _files(folder: epath.Path, split: str, config: str | None) -> list[epath.Path]:
     """The files of a split: one, or the numbered parts of the hub's layout."""
     places = [folder / config] if config else [folder, folder / "data"]
     for place in places:
         for suffix in _READERS:
             if (place / f"{split}{suffix}").is_file():
                 return [place / f"{split}{suffix}"]
-            if parts := sorted(place.glob(f"{split}-[0-9]*{suffix}")):
+            if parts := [path for path in _inside(place) if fnmatch.fnmatch(path.name, f"{split}-[0-9]*{suffix}")]:
                 return parts
-    there = sorted(p.name for p in places[0].iterdir()) if places[0].is_dir() else []
+    there = [path.name for path in _inside(places[0])]
     found = f"only {', '.join(there[:8])}" if there else "which does not exist or is empty"
     raise ValueError(f"no {split} split (as {split}.parquet, for example) in {places[0]}, {found}")
+
+
+def _inside(folder: epath.Path) -> list[epath.Path]:
+    # A glob would read brackets in the names of folders as patterns.
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _table(path: epath.Path) -> pyarrow.Table:
+    with path.open("rb") as file:
+        return _READERS[path.suffix](file)
 
 
 def _from_hub(name: str, split: str, config: str | None) -> pyarrow.Table:
@@ -204,21 +217,20 @@ def _from_hub(name: str, split: str, config: str | None) -> pyarrow.Table:
         ) from None
 
 
-def _jsonl(path: pathlib.Path) -> pyarrow.Table:
-    with open(path, encoding="utf-8") as lines:
-        return pyarrow.Table.from_pylist([json.loads(line) for line in lines if line.strip()])
+def _jsonl(file: BinaryIO) -> pyarrow.Table:
+    return pyarrow.Table.from_pylist([json.loads(line) for line in file if line.strip()])
 
 
-def _csv(path: pathlib.Path) -> pyarrow.Table:
-    return pyarrow.csv.read_csv(path, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True))
+def _csv(file: BinaryIO) -> pyarrow.Table:
+    return pyarrow.csv.read_csv(file, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True))
 
 
-def _tsv(path: pathlib.Path) -> pyarrow.Table:
+def _tsv(file: BinaryIO) -> pyarrow.Table:
     # Tab-separated benchmark files have unbalanced quotes in their texts.
-    return pyarrow.csv.read_csv(path, parse_options=pyarrow.csv.ParseOptions(delimiter="\t", quote_char=False))
+    return pyarrow.csv.read_csv(file, parse_options=pyarrow.csv.ParseOptions(delimiter="\t", quote_char=False))
 
 
-_READERS: dict[str, Callable[[pathlib.Path], pyarrow.Table]] = {
+_READERS: dict[str, Callable[[BinaryIO], pyarrow.Table]] = {
     ".parquet": pyarrow.parquet.read_table,
     ".csv": _csv,
     ".tsv": _tsv,

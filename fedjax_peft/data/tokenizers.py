@@ -186,6 +186,10 @@ def _token_id(tokenizer: tokenizers.Tokenizer, named: dict, key: str, usual: Seq
 
 
 def _from_transformers(source: str) -> Tokenizer:
+    if "://" in source:
+        raise ValueError(
+            f"model {source!r} is in an object store: copy it to a disk of every host, or name one of the hub"
+        )
     if source.startswith(("/", ".", "~")):
         raise ValueError(f"no tokenizer found at {source!r}: there is no such folder, or no tokenizer.json in it")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing is no news

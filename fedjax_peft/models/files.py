@@ -13,3 +13,11 @@ def sha256(paths: Iterable[pathlib.Path]) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def on_disk(source: str | pathlib.Path) -> None:
+    """Raises ValueError for an address such as gs://BUCKET/PATH: weights are mapped from a disk."""
+    if "://" in str(source):
+        raise ValueError(
+            f"model {str(source)!r} is in an object store: copy it to a disk of every host, or name one of the hub"
+        )

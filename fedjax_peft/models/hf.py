@@ -148,6 +148,7 @@ def folder(source: str | pathlib.Path) -> pathlib.Path:
 
 
 def _find(source: str | pathlib.Path) -> _Source:
+    files.on_disk(source)
     if source == "smollm2" or (str(source).endswith(".gguf") and pathlib.Path(source).is_file()):
         path = gguf.path() if source == "smollm2" else pathlib.Path(source)
         return _Source(*gguf.read(path), [path], None)
