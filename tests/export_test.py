@@ -1,5 +1,6 @@
 """Exported adapters and models do in peft and transformers what they do here."""
 
+import functools
 import json
 import sys
 import types
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny
+from etils import epath
 
-from fedjax_peft import adapters, experiment, export, main, published
+from fedjax_peft import adapters, experiment, export, main, metrics, published
 from fedjax_peft.algorithms import fedprompt
 from fedjax_peft.models import hf, tables
 
@@ -250,7 +252,9 @@ def staged(tmp_path_factory):
     config.data.test_fraction = 0.05
     config.evaluate.every, config.run.chunk = 1, 4
     experiment.run(config, str(folder / "run"))
-    return folder / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "rebuilt", functools.cache(experiment.rebuilt))  # for many commands but once
+        yield folder / "run"
 
 
 def test_clients_points_and_servers_of_a_run(staged, command, tmp_path):
@@ -360,28 +364,26 @@ def outputs(model, inputs, folder):
 
 @pytest.mark.parity
 @OLD_NAME
-def test_a_client_of_a_run_is_the_same_in_peft_and_merged(staged, command, tmp_path):
+@pytest.mark.parametrize("form", [(), ("--merged",)])
+def test_an_exported_client_has_the_loss_and_accuracy_of_its_run(staged, command, tmp_path, form):
     torch, peft, transformers = (pytest.importorskip(name) for name in ("torch", "peft", "transformers"))
-    found, modules = [], {"peft": peft, "transformers": transformers}
-    tokens = torch.tensor([[2, *range(100, 110), 3]])
-    for flags in ((), ("--merged",)):
-        said = command(f"--workdir={staged}", "--client=1", f"--output={tmp_path}/{len(flags)}", *flags)
+    said = command(f"--workdir={staged}", "--client=1", "--point=fedp2eft r2", f"--output={tmp_path}/out", *form)
+    model = eval(said.splitlines()[0], {"peft": peft, "transformers": transformers}).eval()
+    run = experiment.rebuilt(epath.Path(staged))
+    assert model.config.vocab_size > len(run.ground.kept) and model.config.num_labels == 19
+    sums = np.zeros(3)
+    for pack in run.stage.clients.tests(np.array([1], np.int32)):
+        flat = lambda array: torch.tensor(np.asarray(array).reshape(-1, *array.shape[2:]).astype(int))  # noqa: E731
+        tokens = flat(run.ground.kept[pack.inputs["tokens"]])
         with torch.no_grad():
-            found.append(eval(said.splitlines()[0], modules).eval()(input_ids=tokens).logits.numpy())
-    np.testing.assert_allclose(*found, atol=1e-4)
-    asked = experiment.personalized(str(staged), 1)
-    text = asked.tokenizer.encode(["abc def"], max_length=16)
-    whole = main_tokens(staged, "abc def")
-    ours = {"tokens": jnp.asarray(text.tokens)[None], "mask": jnp.ones((1, len(text.tokens)), bool)}
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "1").eval()
-    with torch.no_grad():
-        theirs = model(input_ids=torch.tensor(whole)[None]).logits.numpy()
-    np.testing.assert_allclose(asked.model.apply(asked.base, asked.adapters, ours), theirs, atol=1e-4)
-    assert model.config.id2label[0] and len(model.config.id2label) == theirs.shape[1]
-
-
-def main_tokens(staged, text):
-    from fedjax_peft import ground
-
-    source = json.loads((staged / "manifest.json").read_text())["experiment"]["model"]["source"]
-    return ground.make_tokenizer(source).encode([text], max_length=16).tokens.astype(int)
+            logits = model(input_ids=tokens, attention_mask=flat(pack.inputs["mask"])).logits
+        labels, real = flat(pack.labels), flat(pack.weights) > 0
+        losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        sums += [float(part[real].sum()) for part in (losses, logits.argmax(-1) == labels, real)]
+    (row,) = (
+        row
+        for row in metrics.read_rows(staged / "clients.parquet")
+        if (row["client"], row["point"]) == (1, "fedp2eft r2")
+    )
+    assert sums[2] == row["examples"]
+    np.testing.assert_allclose(sums[:2] / sums[2], [row["loss"], row["accuracy"]], atol=1e-4)
