@@ -9,8 +9,8 @@ from types import ModuleType
 __version__ = "0.1.0"
 
 _PARTS = (
-    *("adapters", "aggregate", "algorithms", "data", "evaluate", "experiment", "local", "models", "population", "ranks"),
-    *("rounds", "tasks", "trees", "types"),
+    *("adapters", "aggregate", "algorithms", "data", "evaluate", "experiment", "local", "models", "population"),
+    *("ranks", "rounds", "tasks", "trees", "types"),
 )
 
 

@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 from fedjax_peft import experiment, ground, methods, metrics, records
+from fedjax_peft import stage as stages
 from fedjax_peft.data import federated
 
 
@@ -96,7 +97,7 @@ def test_personalization_may_go_on_where_training_ended(load):
     walks = {}
     for begun in (0, 3):
         config = load({"cohort": 2, "personalize.batch": 4, "personalize.round": begun})
-        support = experiment._points(config, federation, 0, {}, None, [])["personal"].support
+        support = stages._points(config, federation, 0, {}, None, [])["personal"].support
         walks[begun] = support(np.arange(2)).inputs["tokens"]
         training = ground.clients(config, federation, 0, {}).training(begun, np.arange(2))
         np.testing.assert_array_equal(walks[begun], training.inputs["tokens"])

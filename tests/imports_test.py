@@ -88,9 +88,10 @@ ALLOWED = {
     "rank_recovery": ENGINE | {"algorithms", "metrics", "rounds"},
     "ground": {"types", "config", "data", "evaluate", "generate", "loop", "models", "text_metrics"},
     "methods": ENGINE | {"algorithms", "config", "data", "ground", "loop"},
+    "stage": {"data", "evaluate", "ground", "loop", "manifest", "methods", "processes", "rounds", "types"},
     "experiment": ENGINE
     | RUN
-    | {"config", "data", "ground", "loop", "manifest", "methods", "one_client", "rank_recovery"},
+    | {"config", "data", "ground", "loop", "manifest", "methods", "one_client", "rank_recovery", "stage"},
     "published": PURE | {"adapters", "models"},
     "export": PURE | {"adapters", "experiment", "ground", "manifest", "mixture", "models", "one_client", "published"},
     "asking": PURE | {"data", "experiment", "generate", "ground", "one_client"},
@@ -125,7 +126,7 @@ ONLY_IN = {
     "flax.nnx": set(),
     "configs": set(),
     "optax": {"algorithms", "aggregate", "implicit", "local", "tasks", "rank_recovery"},
-    "ml_collections": {"config", "experiment", "ground", "main", "methods", "plan", "plan_job"},
+    "ml_collections": {"config", "experiment", "ground", "main", "methods", "plan", "plan_job", "stage"},
     "orbax": {"checkpoint"},
     "torch": {"bench_torch"},
     "peft": {"bench_torch"},

@@ -22,7 +22,7 @@ from flax import struct
 from fedjax_peft import adapters as adapters_lib
 from fedjax_peft import local, trees
 from fedjax_peft.algorithms import fedavg
-from fedjax_peft.types import Algorithm, Array, Model, PyTree, Task
+from fedjax_peft.types import Algorithm, Model, PyTree, Task
 
 # Folded into a key for what the local adapter draws; larger than any site or step, so that the global one goes on
 # drawing exactly what it does in FedIT.

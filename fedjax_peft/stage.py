@@ -1,0 +1,162 @@
+"""One stage of an experiment, built from its config: what is trained, who takes part, and how they are evaluated."""
+
+import io
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from fedjax_peft import evaluate, loop, manifest, methods, processes, rounds
+from fedjax_peft import ground as grounds
+from fedjax_peft.data import batches, federated, federations
+from fedjax_peft.ground import Ground
+from fedjax_peft.types import Algorithm, Model, PyTree, Task
+
+
+class Stage(NamedTuple):
+    """One stage, built from its config."""
+
+    mesh: Mesh
+    model: Model
+    task: Task
+    algorithm: Algorithm
+    rivals: list[tuple[str, Algorithm, ConfigDict]]
+    strategy: loop.Strategy | None
+    clients: loop.Clients
+    points: dict[str, loop.Point]
+
+    @classmethod
+    def make(cls, config: ConfigDict, ground: Ground):
+        base, parts = ground.pretrained.base, ground.parts is not None
+        model = methods.folded(config, ground.pretrained.model)
+        task = methods.task(config, ground.federation, grounds.judge(config, ground))
+        count = len(ground.federation.names)
+        algorithm = methods.make(config, model, task, base, count, parts)
+        rivals = methods.rivals(config, model, task, base, count, parts)
+        for name, rival, settings in rivals:
+            if settings.algorithm.name == config.algorithm.name and _states(rival) != _states(algorithm):
+                raise ValueError(f"points.{name} goes on from what the run trained, which does not fit its settings")
+        mesh = rounds.make_mesh(config.run.mesh.clients, config.run.mesh.model)
+        clients = _clients(config, ground, algorithm, rivals, {})
+        return cls(mesh, model, task, algorithm, rivals, methods.strategy(config, base), *clients)
+
+
+def _states(algorithm: Algorithm) -> tuple:
+    """What server and clients keep: structure, shapes and types."""
+    server = jax.eval_shape(algorithm.init, jax.random.key(0))
+    leaves, structure = jax.tree.flatten((server, rounds.client_states(algorithm, server)))
+    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+
+def _clients(
+    config: ConfigDict,
+    ground: Ground,
+    algorithm: Algorithm,
+    rivals: list[tuple[str, Algorithm, ConfigDict]],
+    observed: dict[str, np.ndarray],
+) -> tuple[loop.Clients, dict[str, loop.Point]]:
+    """Who takes part, and how they are evaluated in the end; their constants are `observed` and what data say."""
+    held = grounds.aux(config, ground) if methods.wants_aux(config) else {}
+    known = {**observed, **held} | ({} if ground.parts is None else {"part": ground.parts})
+    clients = grounds.clients(config, ground.federation, ground.pad, known)
+    return clients, _points(config, ground.federation, ground.pad, known, algorithm, rivals)
+
+
+def _points(
+    config: ConfigDict,
+    federation: federations.Federation,
+    pad: int,
+    known: dict[str, PyTree],
+    algorithm: Algorithm,
+    rivals: list[tuple[str, Algorithm, ConfigDict]],
+) -> dict[str, loop.Point]:
+    """How clients are evaluated in the end: the run's own way first, each at its budgets."""
+    train = federation.train
+    widths = federated.widths_for([train, federation.test], config.max_length, count=config.widths)
+
+    if all(config.personalize[key] is None for key in ("steps", "epochs")):
+        return {}
+
+    def support(settings, budget):
+        lengths = {key: settings.personalize[key] for key in ("batch", "steps", "epochs", "group_by_length")}
+        batches.num_steps(train, lengths["steps"], lengths["epochs"], lengths["batch"])
+
+        def draw(ids):
+            pure = {"seed": config.seed, "round": settings.personalize.round, "widths": widths, "pad": pad}
+            own = batches.cohort(train, grounds.within(ids, train), **lengths, **pure)
+            budgets = {} if budget is None else {"budget": np.full(len(ids), budget, np.int32)}
+            return grounds.with_constants(known, ids, own.replace(constants=own.constants | budgets))
+
+        return draw
+
+    own = config.algorithm.name if config.personalize.budgets else "personal"
+    points = {}
+    for name, method, settings in [(own, algorithm, config), *rivals]:
+        trained = settings.algorithm.name == config.algorithm.name
+        for budget in settings.personalize.budgets or (None,):
+            title = name if budget is None else f"{name} r{budget}"
+            points[title] = loop.Point(method, support(settings, budget), trained)
+    return points
+
+
+def knowing(config: ConfigDict, ground: Ground, stage: Stage, base: PyTree, folder: epath.PathLike) -> Stage:
+    """The stage with what its algorithm wants to know of clients before any training, which is kept in `folder`."""
+    if stage.algorithm.observe is None:
+        return stage
+    observed = _observed(config, ground, stage, rounds.local(base, stage.mesh), folder)
+    clients, points = _clients(config, ground, stage.algorithm, stage.rivals, observed)
+    return stage._replace(clients=clients, points=points)
+
+
+def _observed(
+    config: ConfigDict, ground: Ground, stage: Stage, base: PyTree, folder: epath.PathLike
+) -> dict[str, np.ndarray]:
+    """What the algorithm wants to know of each client's texts, `[N, ..]`.
+
+    Base and data never change, so it is computed once, for all runs on this base.
+    """
+    settings = (ground.hashes, config.max_length, config.widths, config.observe.batch, config.observe.published)
+    switches = {
+        name: value
+        for name, value in config.algorithm.items()
+        if name in ("name", "profile") or "tap" in name or "quantity" in name
+    }
+    key = manifest.digest(np.frombuffer(repr((settings, sorted(switches.items()))).encode(), np.uint8))
+    path = epath.Path(folder) / f"observed-{key[:16]}.npz"
+    known = dict(np.load(io.BytesIO(path.read_bytes()))) if path.exists() else _look(config, ground, stage, base)
+    if not path.exists() and processes.first():
+        packed = io.BytesIO()
+        np.savez(packed, **known)
+        path.with_suffix(".tmp").write_bytes(packed.getvalue())
+        path.with_suffix(".tmp").replace(path)
+    if config.observe.shuffle:
+        order = np.random.default_rng(config.seed).permutation(len(ground.federation.names))
+        known = {name: values[order] for name, values in known.items()}
+    return known
+
+
+def _look(config: ConfigDict, ground: Ground, stage: Stage, base: PyTree) -> dict[str, np.ndarray]:
+    # A client is described by what it is asked, not by its answers.
+    train, published = federated.prompts_alone(ground.federation.train), config.observe.published
+    found = federated.widths_for([train], config.max_length, count=config.widths)
+    ids = np.arange(len(ground.federation.names), dtype=np.int32)
+    return evaluate.observe(
+        stage.algorithm,
+        base,
+        ids,
+        padding=len(ids),
+        group=16,
+        items=lambda own: batches.items(
+            train,
+            own,
+            batch=config.observe.batch,
+            pack=config.evaluate.pack,
+            widths=(config.max_length,) if published else found,
+            pad=ground.pad,
+            in_order=published,
+        ),
+        constants=lambda own: stage.clients.nothing(own).constants,
+    )
