@@ -15,7 +15,7 @@ import safetensors.numpy
 import tiny
 from etils import epath
 
-from fedjax_peft import adapters, experiment, export, main, metrics, published
+from fedjax_peft import adapters, experiment, export, main, metrics, mixture, one_client, published
 from fedjax_peft.algorithms import fedprompt
 from fedjax_peft.models import hf, tables
 
@@ -178,6 +178,31 @@ def test_adapters_that_are_no_lora_are_refused_before_they_are_computed(tmp_path
     words = {"embeddings": {"word_embeddings": {"delta": prompt}}}
     for merged in (False, True):
         refused(run, own | words, "virtual tokens make texts longer", merged)
+
+
+def test_experts_and_servers_without_adapters_are_refused(tmp_path, monkeypatch):
+    run, own = rebuilt(base_folder(tmp_path, "bert"), shared=False)
+    path = ("encoder", "layer", "attention", "self", "query")
+    lora = adapters.nodes(own)[path]
+    bank = mixture.bank(lora, jnp.ones((5, *lora.a.shape)), 4, top_k=2, linear=False)
+    for merged in (False, True):
+        refused(run, adapters.nest({path: bank}), "a mixture of experts depends on its input", merged)
+    manifest_of(tmp_path / "run")
+    monkeypatch.setattr(experiment, "rebuilt", lambda workdir: run)
+    # B and the head are as they began, A is not.
+    begun = jax.tree_util.tree_map_with_path(lambda at, leaf: leaf * (at[-1].name in ("a", "scale")), own)
+    alone = "the server of fedit has no adapters that answer by themselves$"
+    for server, shared, sentence in (
+        ((), None, alone),
+        ([bank], own, alone),
+        (begun, begun, "fedit add nothing: what"),
+    ):
+        monkeypatch.setattr(one_client, "shared", lambda *_, found=(server, shared): found)
+        with pytest.raises(ValueError, match=sentence):
+            export.export(tmp_path / "run", "global", tmp_path / "out")
+    monkeypatch.setattr(one_client, "shared", lambda *_: (own, own))
+    export.export(tmp_path / "run", "global", tmp_path / "out")
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
 def test_nothing_kept_is_nothing_to_write(tmp_path):
