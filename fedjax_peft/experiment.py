@@ -115,7 +115,8 @@ def rebuilt(workdir: epath.PathLike) -> Rebuilt:
     if unfinished := [place for place in places if not (epath.Path(place) / "summary.json").exists()]:
         raise ValueError(f"workdir {unfinished[0]} has no finished run: summary.json is missing")
     ground, shared = grounds.load(config, first.seed), None
-    if changed := [name for name, sha256 in ground.hashes.items() if found["sha256"][name] != sha256]:
+    hashes = ground.hashes | methods.sources(config)
+    if changed := [name for name, sha256 in hashes.items() if found["sha256"].get(name, sha256) != sha256]:
         raise ValueError(f"workdir {workdir} was made with other files: the SHA-256 of {changed[0]} has changed")
     if further:
         ground, shared = _further(ground, Stage.make(first, ground), folder)

@@ -1,6 +1,7 @@
 """What the stages of an experiment have in common: data and base; and the data side of its loop."""
 
 import functools
+import hashlib
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -55,8 +56,11 @@ def load(config: ConfigDict, seed: int) -> Ground:
         vocabulary=kept if trim else None,
         key=jax.random.key(seed),
     )
-    stores = {"train": federation.train, "test": federation.test}
-    hashes = {"base": pretrained.sha256} | {name: federated.digest(store) for name, store in stores.items()}
+    stores = {"train": federation.train, "test": federation.test, "aux": federation.aux}
+    hashes = {name: federated.digest(store) for name, store in stores.items() if store is not None}
+    if federation.references is not None:
+        hashes["references"] = hashlib.sha256(repr(federation.references).encode()).hexdigest()
+    hashes["base"] = pretrained.sha256
     return Ground(federation, pad, pretrained, hashes, kept=kept if trim else None)
 
 
