@@ -53,6 +53,8 @@ def run(config: ConfigDict, workdir: str, begin: Callable[[str], None] = lambda 
     stages = _stages(config)
     for stage in stages:
         check_numbers(stage)
+    if config.evaluate.every is None:
+        raise ValueError("evaluate.every is None, expected 1 or more rounds; the base and the end are always evaluated")
     manifest.check(workdir, identity(config))
     # The seed of the first stage draws a new head: what that stage adds belongs to it.
     begin("data and base")

@@ -251,6 +251,7 @@ MISTAKES = {
     },
     "algorithm fedprompt needs 'prompt'": {"algorithm": {"name": "fedprompt"}, "points": {}},
     "data table needs 'source'": {"data": {"name": "table"}},
+    "evaluate.every is None, expected 1 or more rounds": {"evaluate": {"every": None}},
     "points.x.data cannot differ, only algorithm, optimizer and personalize": {"points": {"x": {"data": {}}}},
     "algorithm.keep_optimizer is not a setting of fedp2eft": {
         "algorithm": {"name": "fedp2eft", "keep_optimizer": True}
