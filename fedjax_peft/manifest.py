@@ -119,7 +119,8 @@ def _commit() -> str | None:
     result = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True, check=False
     )
-    return result.stdout.strip() or None
+    # Hosts and images may have the files without their history.
+    return result.stdout.strip() or os.environ.get("FEDJAX_PEFT_COMMIT") or None
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

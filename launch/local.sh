@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # @NAME@: @PROCESSES@ processes on this machine; if one ends badly all are started again from the last checkpoint.
 set -euo pipefail
+@NEEDED@
+@VARIABLES@
 
 pids=()
 asked=0

