@@ -208,7 +208,8 @@ def watchdog(folder: epath.PathLike, minutes: float) -> Iterator[Callable[[str],
         own = folder / f"{jax.process_index()}.json"
         while not done.wait(min(_BEAT, 10 * minutes)):
             number, stage, since = now[0]
-            with contextlib.suppress(OSError):
+            # Every kind of storage has errors of its own, and none of them should end the watch.
+            with contextlib.suppress(Exception):
                 own.write_text(json.dumps({"number": number, "stage": stage, "time": time.time()}))
             if time.monotonic() - since > 60 * minutes:
                 waited = _missing(folder, number)
@@ -243,7 +244,7 @@ def _missing(folder, number) -> str:
             continue
         try:
             sign = json.loads((folder / f"{process}.json").read_text())
-        except (OSError, ValueError):
+        except Exception:
             waited.append(f"process {process} (no sign of life)")
             continue
         age = time.time() - sign["time"]
