@@ -60,7 +60,8 @@ def run(arguments: list[str]) -> None:
     flags.DEFINE_integer("process", None, "which one this is", lower_bound=0, flag_values=own)
     # The rest is late, so that a mistake in the flags is answered at once.
     values = _flags(arguments, {"workdir": "run directory"}, own)
-    from fedjax_peft import experiment, loop, processes, report
+    from fedjax_peft import experiment, loop, processes
+    from fedjax_peft.reports import report
 
     processes.connect(values.coordinator, values.processes, values.process)
     minutes = values.config.run.watchdog_minutes if "run" in values.config else 30.0
@@ -78,7 +79,7 @@ def run(arguments: list[str]) -> None:
 
 def report(arguments: list[str]) -> None:
     """`report`: see USAGE."""
-    from fedjax_peft import report as reports
+    from fedjax_peft.reports import report as reports
 
     if not arguments or arguments[0].startswith("-"):
         raise ValueError("report needs one or more run directories: fedjax-peft report WORKDIR [WORKDIR ..]")
@@ -87,7 +88,7 @@ def report(arguments: list[str]) -> None:
 
 def gains(arguments: list[str]) -> None:
     """`gains`: see USAGE."""
-    from fedjax_peft import gains as averages
+    from fedjax_peft.reports import gains as averages
 
     if len(arguments) < 2:
         raise ValueError("gains needs a method and run directories: fedjax-peft gains METHOD WORKDIR [WORKDIR ..]")
@@ -97,9 +98,9 @@ def gains(arguments: list[str]) -> None:
 def bench(arguments: list[str]) -> None:
     """`bench`: see USAGE."""
     if any(argument.startswith("--population") for argument in arguments):
-        from fedjax_peft import bench_population as benchmark
+        from fedjax_peft.benchmarks import many_clients as benchmark
     else:
-        from fedjax_peft import bench as benchmark
+        from fedjax_peft.benchmarks import bench as benchmark
     benchmark.main(arguments)
 
 
@@ -113,7 +114,7 @@ def plan(arguments: list[str]) -> None:
     flags.DEFINE_integer("answer", None, "tokens of the longest answer", lower_bound=1, flag_values=own)
     flags.DEFINE_string("output", None, "file for all numbers", flag_values=own)
     values = _flags(arguments, {"topology": "v5e:16x16, gpu .., separated by commas"}, own)
-    from fedjax_peft import plan as planning
+    from fedjax_peft.planning import plan as planning
 
     settings = {name: values[name].value for name in ("search", "scaling", "classes", "steps", "answer", "output")}
     planning.main(values.config, values.topology.split(","), **settings)

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import tiny
 
-from fedjax_peft import bench, bench_job
+from fedjax_peft.benchmarks import bench, jobs
 
 SMALL = {"clients": 4, "batch": 4, "steps": 2, "tokens": 16, "chunk": 2, "rank": 2, "scan": False, "dtype": "float32"}
 
 
 def setting(folder, lengths="full", **changes):
-    return bench_job.Setting(model=str(folder), lengths=lengths, **SMALL | changes)
+    return jobs.Setting(model=str(folder), lengths=lengths, **SMALL | changes)
 
 
 @pytest.fixture(scope="module")
@@ -26,45 +26,45 @@ def lowered(job):
 
 
 def test_least_work_is_counted_weight_by_weight(model):
-    job = bench_job.make_job(setting(model))
+    job = jobs.make_job(setting(model))
     texts = 4 * 2 * 4
     width, inner, rank, tokens = tiny.WIDTH, tiny.INNER, 2, 16
     layer = 4 * (4 * width**2 + 2 * width * inner) + 6 * 2 * rank * 2 * width
     attention = 12 * width * tokens
-    once = 4 * width**2 + (4 + 6) * width * bench_job.CLASSES
+    once = 4 * width**2 + (4 + 6) * width * jobs.CLASSES
     expected = texts * (tokens * tiny.LAYERS * (layer + attention) + once)
-    assert bench_job.minimum_flops(job.base, job.server().adapters, job.batches) == expected
+    assert jobs.minimum_flops(job.base, job.server().adapters, job.batches) == expected
 
 
 def test_least_work_leaves_padding_out(model):
-    job = bench_job.make_job(setting(model, tokens=8))
+    job = jobs.make_job(setting(model, tokens=8))
     shapes = jax.eval_shape(lambda: job.base)
     wide = jax.tree.map(lambda leaf: np.pad(leaf, [(0, 0)] * (leaf.ndim - 1) + [(0, 9)]), job.batches.inputs)
     padded = job.batches.replace(inputs=wide)
     trained = job.server().adapters
-    assert bench_job.minimum_flops(shapes, trained, padded) == bench_job.minimum_flops(shapes, trained, job.batches)
+    assert jobs.minimum_flops(shapes, trained, padded) == jobs.minimum_flops(shapes, trained, job.batches)
 
 
 def test_natural_lengths_spread_around_the_median(model):
-    drawn = bench_job.make_batches(setting(model, "natural", clients=8, batch=16, tokens=64, chunk=1), 260)
+    drawn = jobs.make_batches(setting(model, "natural", clients=8, batch=16, tokens=64, chunk=1), 260)
     lengths = drawn.inputs["mask"].sum(-1)
-    assert bench_job.SHORTEST <= lengths.min() and 17 <= np.median(lengths) <= 27 and lengths.max() > 40
+    assert jobs.SHORTEST <= lengths.min() and 17 <= np.median(lengths) <= 27 and lengths.max() > 40
     assert len(drawn.widths) == 4 and drawn.width.min() < drawn.width.max()
 
 
 def test_the_program_does_not_grow_with_clients_or_depth(model, tmp_path):
-    few, many = (lowered(bench_job.make_job(setting(model, clients=count, chunk=count))) for count in (2, 8))
+    few, many = (lowered(jobs.make_job(setting(model, clients=count, chunk=count))) for count in (2, 8))
     assert few.count("\n") == many.count("\n")
     sizes = []
     for layers in (3, 6):
         folder = tiny.write_model(tmp_path / str(layers), layers=layers)
-        sizes.append(lowered(bench_job.make_job(setting(folder, scan=True))).count("\n"))
+        sizes.append(lowered(jobs.make_job(setting(folder, scan=True))).count("\n"))
     assert sizes[0] == sizes[1]
-    assert lowered(bench_job.make_job(setting(folder))).count("\n") > 1.3 * sizes[0]
+    assert lowered(jobs.make_job(setting(folder))).count("\n") > 1.3 * sizes[0]
 
 
 def test_the_compiler_needs_little_more_than_the_least(model):
-    assert 0.5 < bench_job.flops_over_minimum(setting(model)) < 3
+    assert 0.5 < jobs.flops_over_minimum(setting(model)) < 3
 
 
 def test_different_losses_are_not_compared():
@@ -86,7 +86,7 @@ def test_other_processes_are_noticed():
 
 def test_a_chunk_must_divide_the_clients(model):
     with pytest.raises(ValueError, match="chunk is 3"):
-        bench_job.make_job(setting(model, chunk=3))
+        jobs.make_job(setting(model, chunk=3))
 
 
 @pytest.mark.parity
@@ -108,8 +108,8 @@ def test_torch_comes_to_the_same_losses(model, tmp_path, capsys):
 def test_another_learning_rate_is_noticed(model, monkeypatch):
     pytest.importorskip("peft")
     here = setting(model)
-    job = bench_job.make_job(here)
-    monkeypatch.setattr(bench_job, "LEARNING_RATE", 0.1)
+    job = jobs.make_job(here)
+    monkeypatch.setattr(jobs, "LEARNING_RATE", 0.1)
     with bench.make_theirs(here, job) as theirs, pytest.raises(ValueError, match="different losses"):
         bench.check_same(bench.two_rounds(bench.make_ours(job)), bench.two_rounds(theirs), 1e-3)
 
@@ -118,7 +118,7 @@ def test_another_learning_rate_is_noticed(model, monkeypatch):
 def test_a_child_that_fails_says_why(model):
     pytest.importorskip("peft")
     here = setting(model, rank=2)
-    job = bench_job.make_job(here)
+    job = jobs.make_job(here)
     job.config["hidden_act"] = "nothing"
     with bench.make_theirs(here, job) as theirs, pytest.raises(ValueError, match="ended.*nothing"):
         theirs.restart()

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import tokenizers
 
-from fedjax_peft import asking, evaluate, experiment, ground, main, metrics, report, text_metrics
+from fedjax_peft import asking, evaluate, experiment, ground, main, metrics, text_metrics
 from fedjax_peft.data import federated, instructions
 from fedjax_peft.models import llama
+from fedjax_peft.reports import report
 
 PIECES = ["<pad>", "</s>", *map(chr, range(32, 80))]
 

@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from fedjax_peft import expert_plots, plots
+from fedjax_peft.reports import expert_plots, plots
 
 
 def make_rows(clients: int, groups: int, experts: int = 6, sites: int = 4) -> list[dict]:

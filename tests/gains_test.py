@@ -2,7 +2,8 @@
 
 import pytest
 
-from fedjax_peft import gains, metrics
+from fedjax_peft import metrics
+from fedjax_peft.reports import gains
 
 SCORES = {
     "a 1": {"ours": 0.9, "x": 0.8, "y": 0.6},

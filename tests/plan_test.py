@@ -11,7 +11,9 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec as P
 
-from fedjax_peft import bench_job, experiment, hlo, plan, plan_job, topologies
+from fedjax_peft import experiment
+from fedjax_peft.benchmarks import jobs as bench_jobs
+from fedjax_peft.planning import hlo, jobs, plan, topologies
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def config(folder, **changes):
 
 
 def make_job(own, **settings):
-    return plan_job.make_job(own, **{"classes": 4, "steps": None, "remat": False} | settings)
+    return jobs.make_job(own, **{"classes": 4, "steps": None, "remat": False} | settings)
 
 
 def decoder_config(folder, **changes):
@@ -113,7 +115,7 @@ def test_least_work_is_that_of_the_benchmark(tmp_path):
     job = make_job(config(tmp_path))
     texts = np.ones((1, 2, 4))
     data = job.batches.replace(inputs={"mask": np.ones((1, 2, 4, 16), bool)}, weights=texts)
-    assert job.flops == bench_job.minimum_flops(job.base, job.adapters, data)
+    assert job.flops == bench_jobs.minimum_flops(job.base, job.adapters, data)
     assert job.tokens == 2 * 4 * 16
 
 
@@ -223,7 +225,7 @@ def test_a_round_on_four_chips_is_four_rounds_on_one(libtpu, tmp_path):
     assert 1 <= made.cost.flops / made.least < 1.05
     assert all("ok" in said for said in plan.checks(made, job))
     assert {one.kind for one in made.cost.collectives} == {"all-reduce"}
-    uploads = plan_job.held(plan_job.sums(job, 8))
+    uploads = jobs.held(jobs.sums(job, 8))
     assert uploads <= sum(one.bytes for one in made.cost.collectives) < 1.5 * uploads
     assert plan.weak_scaling(own, four, made, {"classes": 4}) == pytest.approx(1, abs=0.02)
     assert made.seconds > made.network > 0
@@ -238,7 +240,7 @@ def test_a_base_too_large_for_a_chip_is_refused_and_can_be_split(libtpu, tmp_pat
     assert "does not fit" in plan.checks(alone, job)[0]
     assert (
         P("model", None)
-        == plan_job.arguments(job, plan.make_mesh(four, 4), 8)[0]["embeddings"]["word_embeddings"][
+        == jobs.arguments(job, plan.make_mesh(four, 4), 8)[0]["embeddings"]["word_embeddings"][
             "embedding"
         ].sharding.spec
     )

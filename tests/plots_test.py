@@ -10,7 +10,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from fedjax_peft import client_plots, plots
+from fedjax_peft.reports import client_plots, plots
 
 NAN = math.nan
 
@@ -82,7 +82,7 @@ def test_any_run_can_be_drawn(tmp_path, rounds, rows):
 def test_pyplot_and_its_backends_are_never_loaded(tmp_path):
     code = f"""if True:
         import sys
-        from fedjax_peft import plots
+        from fedjax_peft.reports import plots
         plots.write({str(tmp_path)!r}, {make_rounds(4)}, {make_rows(5, 5)}, algorithm="a", metric="accuracy", total=4)
         sys.exit("matplotlib.pyplot" in sys.modules)
     """

@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from fedjax_peft import plots, rank_plots
+from fedjax_peft.reports import plots, rank_plots
 
 LAYERS = [f"encoder.layer.{layer}" for layer in range(2)]
 KINDS = {  # in the order of strategies.parquet, which is that of the names

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from fedjax_peft import experiment, metrics, rank_recovery, report
+from fedjax_peft import experiment, metrics, rank_recovery
+from fedjax_peft.reports import report
 
 SMALL = {"study": "rank_recovery", "seeds": 2, "steps": 200, "only": ("pf2lora", "homlora", "hetlora_pruning")}
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from fedjax_peft import comparison, evaluate, finished, metrics, report
+from fedjax_peft import evaluate, metrics
+from fedjax_peft.reports import comparison, finished, report
 
 NAN = math.nan
 # client: group, pool, training examples, test examples, majority, then the metric of base, global and personal
@@ -395,5 +396,5 @@ def test_runs_with_other_metrics_are_a_mistake(tmp_path):
 
 
 def test_tables_do_not_wait_for_matplotlib():
-    code = "import sys, fedjax_peft.report; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, fedjax_peft.reports.report; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

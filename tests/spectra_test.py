@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import toy
 
-from fedjax_peft import adapters, plots, ranks, spectra
+from fedjax_peft import adapters, ranks, spectra
+from fedjax_peft.reports import plots
 
 
 def lora(rank: int, seed: int = 0, shape=(2, 9, 7)) -> adapters.LoRA:

@@ -11,9 +11,10 @@ import pyarrow.parquet
 import pytest
 from etils import epath
 
-from fedjax_peft import checkpoint, loop, metrics, population, report, segments
+from fedjax_peft import checkpoint, loop, metrics, population, segments
 from fedjax_peft.data import text, tokenizers
 from fedjax_peft.models import hf
+from fedjax_peft.reports import report
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,10 @@ from etils import epath
 from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
-from fedjax_peft import console, hlo, metrics, plan_job, rounds, topologies
-from fedjax_peft.plan_job import Job
-from fedjax_peft.topologies import Topology
+from fedjax_peft import console, metrics, rounds
+from fedjax_peft.planning import hlo, jobs, topologies
+from fedjax_peft.planning.jobs import Job
+from fedjax_peft.planning.topologies import Topology
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def main(
       search: tries chunks, meshes and remat, and recommends one.
       scaling: also compiles for a single chip with its share of the clients, and compares FLOPs.
       output: JSON file of all numbers.
-      **sizes: `classes`, `steps` and `answer` of `plan_job.make_job`.
+      **sizes: `classes`, `steps` and `answer` of `jobs.make_job`.
 
     Raises:
       ValueError: a mistake in the config or a topology, in one sentence.
@@ -124,7 +125,7 @@ def compile_round(job: Job, topology: Topology, candidate: Candidate) -> Plan:
     """Compiles the round for a topology and reads the program. One that does not fit has `fits` False."""
     mesh = make_mesh(topology, candidate.model)
     slots = rounds.slots_for(job.clients, mesh, candidate.chunk)
-    arguments = plan_job.arguments(job, mesh, slots)
+    arguments = jobs.arguments(job, mesh, slots)
     chips, start = len(topology.devices), time.monotonic()
     least = job.clients * job.flops / chips
     parts = _parts(job, arguments, candidate.chunk)
@@ -153,7 +154,7 @@ def largest_chunk(job: Job, topology: Topology, candidate: Candidate) -> tuple[P
     """The plan with the largest chunk that fits, and all that were tried; the largest one first."""
     lanes = len(topology.devices) // candidate.model
     tried = []
-    for chunk in reversed(plan_job.halvings(-(-job.clients // lanes))):
+    for chunk in reversed(jobs.halvings(-(-job.clients // lanes))):
         tried.append(compile_round(job, topology, candidate._replace(chunk=chunk)))
         if tried[-1].fits:
             return tried[-1], tried
@@ -165,7 +166,7 @@ def weak_scaling(config: ConfigDict, topology: Topology, plan: Plan, sizes: Mapp
     chunk, model, remat = plan.candidate
     alone = topology._replace(devices=topology.devices[:model])
     lanes = len(topology.devices) // model
-    job = plan_job.make_job(config, remat=remat, **sizes)
+    job = jobs.make_job(config, remat=remat, **sizes)
     share = job._replace(clients=plan.slots // lanes)
     return plan.cost.flops / compile_round(share, alone, Candidate(chunk, model, remat)).cost.flops
 
@@ -239,44 +240,44 @@ def checks(plan: Plan, job: Job) -> list[str]:
 
 def once_a_round(job: Job, slots: int) -> float:
     """Bytes that must cross `clients`: the sums of uploads, and a few numbers of each client."""
-    return plan_job.held(plan_job.sums(job, slots)) + 64 * slots + 4096
+    return jobs.held(jobs.sums(job, slots)) + 64 * slots + 4096
 
 
 def _study(config: ConfigDict, topology: Topology, search: bool, sizes: Mapping[str, Any]) -> Study:
-    jobs = {remat: plan_job.make_job(config, remat=remat, **sizes) for remat in (False, True)}
+    made = {remat: jobs.make_job(config, remat=remat, **sizes) for remat in (False, True)}
     remat, own = config.run.remat, config.run.chunk
     if not search:
         start = Candidate(own, config.run.mesh.model, remat)
-        largest, tried = largest_chunk(jobs[remat], topology, start)
+        largest, tried = largest_chunk(made[remat], topology, start)
         known = {plan.candidate.chunk: plan for plan in tried}
         plan = largest or tried[-1]
         if own:
-            plan = known.get(own) or compile_round(jobs[remat], topology, start)
-        return Study(plan, largest, tried, jobs[remat])
+            plan = known.get(own) or compile_round(made[remat], topology, start)
+        return Study(plan, largest, tried, made[remat])
     tried = [
         plan
-        for model in _splits(jobs[remat], topology)
-        for remat in jobs
-        for plan in _ascending(jobs[remat], topology, model, remat)
+        for model in _splits(made[remat], topology)
+        for remat in made
+        for plan in _ascending(made[remat], topology, model, remat)
     ]
     best = max(tried, key=lambda plan: (plan.fits, speed(plan)))
     same = [plan for plan in tried if plan.fits and plan.candidate[1:] == best.candidate[1:]]
     return Study(
-        best, max(same, key=lambda plan: plan.candidate.chunk, default=None), tried, jobs[best.candidate.remat]
+        best, max(same, key=lambda plan: plan.candidate.chunk, default=None), tried, made[best.candidate.remat]
     )
 
 
 def _splits(job: Job, topology: Topology) -> list[int]:
     """The smallest split of the base that leaves room beside it, and the next one."""
-    chips, whole = len(topology.devices), plan_job.held(job.base)
-    possible = [size for size in plan_job.halvings(min(MOST_MODEL, chips)) if chips % size == 0]
+    chips, whole = len(topology.devices), jobs.held(job.base)
+    possible = [size for size in jobs.halvings(min(MOST_MODEL, chips)) if chips % size == 0]
     room = [size for size in possible if whole / size < 0.9 * topology.chip.memory]
     return room[:2] or possible[-1:]
 
 
 def _ascending(job: Job, topology: Topology, model: int, remat: bool) -> list[Plan]:
     plans = []
-    for chunk in plan_job.halvings(-(-job.clients * model // len(topology.devices))):
+    for chunk in jobs.halvings(-(-job.clients * model // len(topology.devices))):
         plans.append(compile_round(job, topology, Candidate(chunk, model, remat)))
         if not plans[-1].fits:
             break
@@ -285,14 +286,14 @@ def _ascending(job: Job, topology: Topology, model: int, remat: bool) -> list[Pl
 
 def _parts(job: Job, arguments: tuple, chunk: int) -> dict[str, float]:
     base, server, states, _, batches, *_ = arguments
-    own = plan_job.held(job.adapters)
+    own = jobs.held(job.adapters)
     return {
-        "base": plan_job.held(base),
-        "server": plan_job.held(server),
-        "states of clients": plan_job.held(states),
-        "batches": plan_job.held(batches),
+        "base": jobs.held(base),
+        "server": jobs.held(server),
+        "states of clients": jobs.held(states),
+        "batches": jobs.held(batches),
         "adapters in training": chunk * own,
-        "gradients and moments": chunk * (own + plan_job.held(job.moments)),
+        "gradients and moments": chunk * (own + jobs.held(job.moments)),
     }
 
 

@@ -1,7 +1,7 @@
 """`fedjax-peft bench`: a round of this library against the same clients one after another in PyTorch and PEFT.
 
 Both sides get the same weights, adapters, batches and optimizer, take turns on the same machine, and must come to the
-same losses: a faster wrong answer is an error. The other side is a child process (`bench_torch.py`) that sleeps while
+same losses: a faster wrong answer is an error. The other side is a child process (`pytorch.py`) that sleeps while
 this one works. Speeds and shares of the peak are of real tokens, so padding and recomputation count against a side.
 """
 
@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from fedjax_peft import bench_job, console, manifest, metrics
-from fedjax_peft.bench_job import Job, Setting
+from fedjax_peft import console, manifest, metrics
+from fedjax_peft.benchmarks import jobs
+from fedjax_peft.benchmarks.jobs import Job, Setting
 from fedjax_peft.data import batches
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
@@ -79,7 +80,7 @@ def measure(setting: Setting, *, repeats: int, memory_rounds: int, torch: bool) 
     Raises:
       ValueError: the sides come to different losses, or the other side cannot run.
     """
-    job = bench_job.make_job(setting)
+    job = jobs.make_job(setting)
     sides = {"ours": make_ours(job)}
     seconds: dict[str, list[float]] = {"ours": []}
     with make_theirs(setting, job) if torch else contextlib.nullcontext() as theirs:
@@ -93,11 +94,11 @@ def measure(setting: Setting, *, repeats: int, memory_rounds: int, torch: bool) 
             others.append(busy_share())
             seconds[name].append(side.round()[0])
     tokens, computed = batches.waste(job.batches, setting.chunk)
-    least = bench_job.minimum_flops(job.base, job.server().adapters, job.batches)
+    least = jobs.minimum_flops(job.base, job.server().adapters, job.batches)
     peak = matrix_peak(setting.dtype)
     row: dict[str, Any] = {"setting": setting._asdict(), "tokens": tokens, "tokens_computed": computed}
     row |= {"peak_flops": peak, "minimum_flops": least, "losses": losses.tolist(), "others": statistics.mean(others)}
-    row["flops_over_minimum"] = bench_job.flops_over_minimum(setting)
+    row["flops_over_minimum"] = jobs.flops_over_minimum(setting)
     for name, values in seconds.items():
         middle = statistics.median(values)
         row[name] = {"seconds": values, "spread": (max(values) - min(values)) / middle}
@@ -135,7 +136,7 @@ def make_theirs(setting: Setting, job: Job) -> Iterator[Side]:
         folder = pathlib.Path(name)
         _write_job(folder, setting, job)
         with (folder / "errors").open("w") as errors:
-            command = [sys.executable, "-m", "fedjax_peft.bench_torch", name]
+            command = [sys.executable, "-m", "fedjax_peft.benchmarks.pytorch", name]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
             child = subprocess.Popen(command, text=True, bufsize=1, **pipes)
 
@@ -224,10 +225,10 @@ def _held_bytes() -> int:
 
 
 def _write_job(folder: pathlib.Path, setting: Setting, job: Job) -> None:
-    np.savez(folder / "weights.npz", **bench_job.named_weights(job.base, job.server().adapters))
+    np.savez(folder / "weights.npz", **jobs.named_weights(job.base, job.server().adapters))
     np.savez(folder / "batches.npz", **job.batches.inputs, labels=job.batches.labels)
-    fields = {"rank": setting.rank, "alpha": bench_job.ALPHA, "targets": bench_job.TARGETS.split(",")}
-    fields |= {"classes": bench_job.CLASSES, "rate": bench_job.LEARNING_RATE, "dtype": setting.dtype}
+    fields = {"rank": setting.rank, "alpha": jobs.ALPHA, "targets": jobs.TARGETS.split(",")}
+    fields |= {"classes": jobs.CLASSES, "rate": jobs.LEARNING_RATE, "dtype": setting.dtype}
     fields |= {"device": "cuda" if jax.default_backend() == "gpu" else "cpu", "config": job.config}
     (folder / "job.json").write_text(json.dumps(fields))
 
@@ -256,7 +257,7 @@ def _flags(arguments: list[str]) -> flags.FlagValues:
     for name, default in (("clients", "8"), ("batch", "8"), ("chunk", "2")):
         flags.DEFINE_list(name, default, "one number or several; chunk 0 is all clients at once", flag_values=values)
     flags.DEFINE_string("model", "minilm", "as in model.source of a config", flag_values=values)
-    flags.DEFINE_enum("lengths", "full", bench_job.LENGTHS, "of the texts", flag_values=values)
+    flags.DEFINE_enum("lengths", "full", jobs.LENGTHS, "of the texts", flag_values=values)
     flags.DEFINE_enum("dtype", "float32", list(TOLERANCE), "of base and arithmetic", flag_values=values)
     flags.DEFINE_bool("scan", False, "layers as a loop", flag_values=values)
     flags.DEFINE_bool("torch", True, "compare with PyTorch and PEFT", flag_values=values)

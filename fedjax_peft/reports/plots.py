@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from matplotlib import axes, figure, ticker
 
-from fedjax_peft import client_plots, expert_plots, rank_plots, recovery_plots, spectrum_plots
+from fedjax_peft.reports import client_plots, expert_plots, rank_plots, recovery_plots, spectrum_plots
 
 STYLE = {
     "font.family": client_plots.FONT,

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from fedjax_peft import comparison, console, evaluate, finished, metrics
+from fedjax_peft import console, evaluate, metrics
+from fedjax_peft.reports import comparison, finished
 
 ROWS = 60  # most rows of groups that `show` prints
 COLUMNS = {"one": 8, "seeds": 6}  # most points side by side, with one number a cell and with a deviation over seeds
@@ -41,7 +42,7 @@ def show(workdir: epath.PathLike) -> None:
 
 def _show_recovery(workdir: epath.Path, methods: Mapping[str, Any]) -> None:
     """The table and pictures of a synthetic study (`rank_recovery`): learnt against true ranks."""
-    from fedjax_peft import plots  # late, because matplotlib takes a second
+    from fedjax_peft.reports import plots  # late, because matplotlib takes a second
 
     true_ranks, rows = next(iter(methods.values()))["true_ranks"][0], []
     for name, found in methods.items():
@@ -100,7 +101,7 @@ def _title(metric: str) -> str:
 def _draw(run: finished.Run, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes the pictures of a run, and those of its budgets where it has some."""
     # Late, so that the table does not wait for matplotlib.
-    from fedjax_peft import plots
+    from fedjax_peft.reports import plots
 
     name, lines = run.experiment["algorithm.name"], metrics.read_lines(run.workdir / "rounds.jsonl")
     folder, headline = run.workdir / "plots", run.points[0]

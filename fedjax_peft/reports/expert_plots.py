@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib import axes, figure, ticker
 
-from fedjax_peft import client_plots
+from fedjax_peft.reports import client_plots
 
 ROWS = 60  # most clients with a row of their own; beyond, a row is the mean of a group
 COLORS = "GnBu"

@@ -1,6 +1,6 @@
 """The other side of `fedjax-peft bench`: the same clients one after another in PyTorch, transformers and PEFT.
 
-    python -m fedjax_peft.bench_torch FOLDER
+    python -m fedjax_peft.benchmarks.pytorch FOLDER
 
 FOLDER holds `job.json`, `weights.npz` and `batches.npz` (see `bench.make_theirs`). For each line on standard input,
 `restart` or `round`, one line of JSON goes to standard output. This is how the clients of a federation are usually

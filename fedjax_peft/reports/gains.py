@@ -13,7 +13,8 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
-from fedjax_peft import console, evaluate, finished, manifest, metrics
+from fedjax_peft import console, evaluate, manifest, metrics
+from fedjax_peft.reports import finished
 
 Scores = dict[str, dict[str, float]]
 """{scenario: {method: mean over seeds of the mean over seen clients}}."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib import axes, figure
 
-from fedjax_peft import rank_plots, spectrum_plots
+from fedjax_peft.reports import rank_plots, spectrum_plots
 
 
 def losses(rounds: np.ndarray, loss: Mapping[str, np.ndarray], true_ranks: Sequence[int]) -> figure.Figure:

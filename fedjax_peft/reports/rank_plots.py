@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib import axes, cm, colors, figure, ticker
 
-from fedjax_peft import client_plots
+from fedjax_peft.reports import client_plots
 
 STACKED = re.compile(r".*\b(?:layer|layers|h)\.(\d+)\.(.+)")  # a site of a layer stack: its layer and its kind
 KINDS = {  # in the order of the forward pass; kinds that are not here come last under the end of their own name

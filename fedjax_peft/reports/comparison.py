@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fedjax_peft import finished
+from fedjax_peft.reports import finished
 
 GROUPS = 20  # most rows of groups in a table
 

@@ -1,0 +1,1 @@
+"""How fast rounds are, and what clients with large states cost."""

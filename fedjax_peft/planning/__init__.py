@@ -1,0 +1,1 @@
+"""What a round would need on hardware that need not exist."""

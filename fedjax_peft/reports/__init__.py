@@ -1,0 +1,1 @@
+"""Tables and pictures of run directories; nothing here is needed to run one."""
