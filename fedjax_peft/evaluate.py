@@ -1,6 +1,6 @@
 """Judges any algorithm from the adapters that it personalizes: one code for all, so that comparisons cannot drift."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,6 @@ from fedjax_peft import processes, rounds, written
 from fedjax_peft.types import Algorithm, Array, Model, PyTree, Task
 
 ANSWERS = rounds.PERSONALIZE + 1  # a further stream of randomness that hangs off the run's root key
-LESS_IS_BETTER = ("loss", "ter")
 
 
 class Scores(NamedTuple):
@@ -231,54 +230,6 @@ def pooled(scores: Scores, groups: Sequence[str], task: Task) -> list[dict[str, 
         {"group": name, **{metric: float(values[row]) for metric, values in reported.items()}}
         for row, name in enumerate(names)
     ]
-
-
-def summarize(
-    rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], pooled: Sequence[Mapping[str, Any]] = ()
-) -> dict[str, Any]:
-    """Statistics over clients of one pool at one point.
-
-    Args:
-      rows: one mapping a client, with `examples`, `group` and the metrics.
-      metrics: names to summarize.
-      pooled: what `pooled` returned, for metrics whose value over all examples is not the average of clients' values.
-
-    Returns:
-      For each metric the mean over clients, their standard deviation, the mean of the worst tenth (the highest, where
-      less is better), the value over all examples, and that over the examples of each group; beside them the numbers of
-      clients and examples.
-    """
-    rows = [row for row in rows if row["examples"]]
-    if not rows:
-        return {"clients": 0, "examples": 0}
-    examples = np.array([row["examples"] for row in rows], np.float64)
-    groups = sorted({row["group"] for row in rows})
-    known = {row["group"]: row for row in pooled}
-
-    def whole(name, values, group=None):
-        if name in known.get(group, ()):
-            return float(known[group][name])
-        members = [group in (None, row["group"]) for row in rows]
-        return float(np.average(values[members], weights=examples[members]))
-
-    summary: dict[str, Any] = {"clients": len(rows), "examples": int(examples.sum())}
-    for name in metrics:
-        values = np.array([row[name] for row in rows], np.float64)
-        worst_first = np.sort(values)[:: -1 if name in LESS_IS_BETTER else 1]
-        summary[name] = {
-            "mean": float(values.mean()),
-            "std": float(values.std()),
-            "worst_10_percent": float(worst_first[: -(-len(values) // 10)].mean()),
-            "pooled": whole(name, values),
-            "groups": {group: whole(name, values, group) for group in groups},
-        }
-    return summary
-
-
-def headline(point: Mapping[str, Any]) -> str:
-    """The metric that a point of `summarize` is known by: the first that is no loss, if there is one."""
-    names = [name for name, value in point.items() if isinstance(value, Mapping)]
-    return next((name for name in names if name != "loss"), "loss")
 
 
 def _score_group(score, task, base, adapters, items, real) -> tuple[np.ndarray, PyTree] | None:

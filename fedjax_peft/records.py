@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedjax_peft import evaluate
+from fedjax_peft import evaluate, summaries
 from fedjax_peft.types import Cohort, PyTree
 
 
@@ -122,7 +122,7 @@ def summary(rows: list[dict[str, Any]], pooled: list[dict[str, Any]], points: Se
             return [row for row in table if (row["pool"], row["round"], row["point"]) == (pool, *key)]
 
         pools[pool] = {
-            point: evaluate.summarize(own, names, chosen(pooled, key))
+            point: summaries.summarize(own, names, chosen(pooled, key))
             for point, key in wanted.items()
             if (own := chosen(rows, key))
         }

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from fedjax_peft import asking, evaluate, experiment, ground, main, metrics, text_metrics
+from fedjax_peft import asking, experiment, ground, main, metrics, summaries, text_metrics
 from fedjax_peft.data import federated, instructions
 from fedjax_peft.models import llama
 from fedjax_peft.reports import report
@@ -136,7 +136,7 @@ def test_scores_of_a_corpus_are_those_of_each_client_and_of_the_pool(source, tmp
     config.evaluate.decoding.update({"method": "beam", "beams": 3, "length_penalty": 0.5, "no_repeat": 3})
     summary = experiment.run(config, str(tmp_path))
     found = summary["pools"]["seen"]["personal"]
-    assert list(found)[2:] == ["loss", *names, "exact", "token_accuracy"] and evaluate.headline(found) == names[0]
+    assert list(found)[2:] == ["loss", *names, "exact", "token_accuracy"] and summaries.headline(found) == names[0]
     # The last calls are those of the pool after personalization, then of its four groups.
     whole = [part for part in judged if len(part[0]) == found["examples"]][-1]
     expected = text_metrics.scored(names, *whole)

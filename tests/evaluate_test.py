@@ -9,7 +9,7 @@ import optax
 import pytest
 import toy
 
-from fedjax_peft import adapters, evaluate, population, rounds, tasks
+from fedjax_peft import adapters, evaluate, population, rounds, summaries, tasks
 from fedjax_peft.algorithms import fedavg
 from fedjax_peft.data import batches, federated
 from fedjax_peft.types import Model
@@ -98,12 +98,12 @@ def test_what_is_derived_is_pooled_over_predictions_not_over_clients(store):
         {"examples": result.examples[i], "group": groups[i], **{name: v[i] for name, v in result.metrics.items()}}
         for i in range(CLIENTS)
     ]
-    summary = evaluate.summarize(rows, ["loss", "mcc", "accuracy"], whole)
+    summary = summaries.summarize(rows, ["loss", "mcc", "accuracy"], whole)
     assert summary["mcc"]["mean"] == pytest.approx(tasks.matthews(counts)[with_tests].mean())
     assert summary["mcc"]["pooled"] == pytest.approx(expected[0]) != summary["mcc"]["mean"]
     assert summary["mcc"]["groups"] == pytest.approx({"a": expected[1], "b": expected[2]})
     # Averages come out bit for bit as they do without anything derived.
-    assert summary["accuracy"] == evaluate.summarize(rows, ["accuracy"])["accuracy"]
+    assert summary["accuracy"] == summaries.summarize(rows, ["accuracy"])["accuracy"]
     assert evaluate.pooled(plain, groups, tasks.classification()) == []
 
 
@@ -291,7 +291,7 @@ def test_what_is_drawn_depends_on_seed_round_and_client_alone(store):
 
 def test_of_some_metrics_less_is_better():
     rows = [{"examples": 1, "group": "a", "ter": value, "bleu": value} for value in (0.1, 0.5, 0.9)]
-    summary = evaluate.summarize(rows, ["ter", "bleu"])
+    summary = summaries.summarize(rows, ["ter", "bleu"])
     assert (summary["ter"]["worst_10_percent"], summary["bleu"]["worst_10_percent"]) == (0.9, 0.1)
 
 
@@ -305,7 +305,7 @@ def test_statistics():
             (0, "b", 9.0, 0.0),
         ]
     ]
-    summary = evaluate.summarize(rows, ["loss", "accuracy"])
+    summary = summaries.summarize(rows, ["loss", "accuracy"])
     assert (summary["clients"], summary["examples"]) == (3, 50)
     assert summary["accuracy"]["mean"] == pytest.approx(0.5)
     assert summary["accuracy"]["std"] == pytest.approx(np.std([0.5, 0.9, 0.1]))

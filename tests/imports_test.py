@@ -35,6 +35,7 @@ RUN = {
     "records",
     "rounds",
     "segments",
+    "summaries",
     "written",
 }
 
@@ -64,8 +65,9 @@ ALLOWED = {
     "segments": PURE | {"metrics", "population", "processes"},
     "evaluate": PURE | {"rounds", "population", "processes", "written"},
     "written": PURE,
+    "summaries": set(),
     "generate": PURE,
-    "records": PURE | {"evaluate"},
+    "records": PURE | {"evaluate", "summaries"},
     "judging": PURE | {"evaluate", "metrics", "records"},
     "checkpoint": PURE | {"processes"},
     "metrics": {"processes"},
@@ -85,7 +87,7 @@ ALLOWED = {
     "published": PURE | {"adapters", "models"},
     "export": PURE | {"adapters", "experiment", "ground", "manifest", "mixture", "models", "one_client", "published"},
     "asking": PURE | {"data", "experiment", "generate", "ground", "one_client"},
-    "reports": {"console", "evaluate", "manifest", "metrics", "reports"},
+    "reports": {"console", "manifest", "metrics", "reports", "summaries"},
     "benchmarks": ENGINE
     | {"algorithms", "benchmarks", "console", "data", "loop", "manifest", "metrics", "models", "rounds"},
     "planning": PURE

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedjax_peft import evaluate, metrics
+from fedjax_peft import metrics, summaries
 from fedjax_peft.reports import comparison, finished, report
 
 NAN = math.nan
@@ -57,7 +57,7 @@ def write_run(
     summary: dict[str, Any] = {"rounds": rounds, "pools": {}}
     for pool in dict.fromkeys(row["pool"] for row in rows):
         summary["pools"][pool] = {
-            name: evaluate.summarize(
+            name: summaries.summarize(
                 [row for row in rows if (row["pool"], row["round"], row["point"]) == (pool, *key)], names
             )
             for name, key in points.items()

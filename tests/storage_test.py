@@ -47,9 +47,14 @@ def test_lines_are_added_to_what_is_there(bucket):
     assert metrics.read_lines(path) == [{"round": 0}]
 
 
-def test_a_run_goes_on_where_it_was_stopped(bucket):
-    workdir, whole = bucket / "stopped", bucket / "whole"
-    loop_test.run(whole, chunk=None)
+@pytest.fixture(scope="module")
+def whole(bucket):
+    loop_test.run(bucket / "whole")
+    return bucket / "whole"
+
+
+def test_a_run_goes_on_where_it_was_stopped(bucket, whole):
+    workdir = bucket / "stopped"
     loop_test.run(workdir, total=2, chunk=None)
     summary = loop_test.run(workdir, total=4, chunk=None)
     assert summary == metrics.read_json(workdir / "summary.json")
@@ -63,14 +68,12 @@ def test_a_run_goes_on_where_it_was_stopped(bucket):
     assert not list(workdir.glob("*.tmp")) and not list((workdir / "population").glob("*.tmp"))
 
 
-def test_its_report_and_pictures_stand_beside_it(bucket, capsys):
-    workdir = bucket / "reported"
-    loop_test.run(workdir)
+def test_its_report_and_pictures_stand_beside_it(whole, capsys):
     experiment = {"algorithm": {"name": "fedit"}, "seed": 0, "adapter": {"rank": 2, "alpha": 16.0}}
-    metrics.write_json(workdir / "manifest.json", {"experiment": experiment, "sha256": {"base": "", "test": ""}})
-    report.show(workdir)
+    metrics.write_json(whole / "manifest.json", {"experiment": experiment, "sha256": {"base": "", "test": ""}})
+    report.show(whole)
     assert "after 4 rounds of fedit" in capsys.readouterr().out
-    pictures = list((workdir / "plots").iterdir())
+    pictures = list((whole / "plots").iterdir())
     assert pictures and all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
-from fedjax_peft import evaluate, manifest, metrics
+from fedjax_peft import manifest, metrics, summaries
 
 
 class Run(NamedTuple):
@@ -51,7 +51,7 @@ def read(workdir: epath.PathLike) -> Run:
         raise ValueError(
             f"workdir {workdir} has no personalized clients: summary.json has no point but base and global"
         )
-    metric = evaluate.headline(first[points[0]])
+    metric = summaries.headline(first[points[0]])
     experiment = traverse_util.flatten_dict(found["experiment"], sep=".")
     base = epath.Path(found["run"].get("base_workdir") or workdir / "base")
     return Run(workdir, base, experiment, found["sha256"], summary["rounds"], summary["pools"], metric, points)

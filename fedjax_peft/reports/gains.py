@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
-from fedjax_peft import console, evaluate, manifest, metrics
+from fedjax_peft import console, manifest, metrics, summaries
 from fedjax_peft.reports import finished
 
 Scores = dict[str, dict[str, float]]
@@ -79,10 +79,10 @@ def read(workdirs: Sequence[epath.PathLike]) -> tuple[Scores, dict[str, str]]:
         for point, statistics in summary["pools"]["seen"].items():
             title = {"personal": name, "global": f"{name} (global)"}.get(point, point)
             if point != "base":
-                metric = evaluate.headline(statistics)
+                metric = summaries.headline(statistics)
                 metrics_of.setdefault(metric, workdir)
                 found.setdefault(scenario, {}).setdefault(title, []).append(statistics[metric]["mean"])
-    if len(metrics_of) > 1 or set(metrics_of) & set(evaluate.LESS_IS_BETTER):
+    if len(metrics_of) > 1 or set(metrics_of) & set(summaries.LESS_IS_BETTER):
         told = ", ".join(f"{metric} in {workdir}" for metric, workdir in metrics_of.items())
         raise ValueError(f"gains are of one metric of which more is better, but found is {told}")
     short = _short(list(found))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from fedjax_peft import console, evaluate, metrics
+from fedjax_peft import console, metrics, summaries
 from fedjax_peft.reports import comparison, finished
 
 ROWS = 60  # most rows of groups that `show` prints
@@ -215,4 +215,4 @@ def _majority(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Statistics of always answering the most frequent training label, where that is known."""
     known = [row for row in rows if row["examples"] and not math.isnan(row["majority"])]
     unknown = {"mean": "–", "std": "–", "worst_10_percent": "–", "groups": {}}
-    return evaluate.summarize(known, ["majority"])["majority"] if known else unknown
+    return summaries.summarize(known, ["majority"])["majority"] if known else unknown
