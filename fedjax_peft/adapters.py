@@ -249,25 +249,19 @@ def concat(first: PyTree, second: PyTree) -> PyTree:
     return nest(left | right | both)
 
 
-def mask_ranks(adapters: PyTree, masks: PyTree) -> PyTree:
-    """LoRAs with only the ranks whose mask is 1.
-
-    `masks` has the tree of `adapters` with `[.., R]` arrays of 0 and 1 in place of LoRAs (None elsewhere). Removed
-    ranks are zero in A, B and scale, so they add nothing and receive no gradient.
-    """
-
-    def masked(node, mask):
-        if mask is None:
-            return node
-        mask = mask.astype(node.a.dtype)
-        return node.replace(a=node.a * mask[..., None, :], b=node.b * mask[..., None], scale=node.scale * mask)
-
-    return jax.tree.map(masked, adapters, masks, is_leaf=lambda node: not isinstance(node, dict))
-
-
 def is_trained(leaf: str) -> bool:
     """Whether clients train and send leaves of this name: all but scales, which hold alpha / r and masks."""
     return leaf != "scale"
+
+
+def trained(adapters: PyTree) -> PyTree:
+    """What clients train, None in place of the rest; `trees.join` with `fixed` is the whole again."""
+    return trees.select(adapters, is_trained)
+
+
+def fixed(adapters: PyTree) -> PyTree:
+    """What training leaves as it is, None in place of what it moves."""
+    return trees.select(adapters, lambda leaf: not is_trained(leaf))
 
 
 def count(adapters: PyTree, keep: Callable[[str], bool] = is_trained) -> int:

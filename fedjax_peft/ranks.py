@@ -65,10 +65,10 @@ def concrete(init_adapters: Callable[[Array], PyTree]) -> PyTree:
     """The adapters that `init_adapters` makes, of which only the scales are computed; all else are shapes."""
 
     def scales():
-        return trees.select(init_adapters(jax.random.key(0)), lambda leaf: leaf == "scale")
+        return adapters_lib.fixed(init_adapters(jax.random.key(0)))
 
     shapes = jax.eval_shape(init_adapters, jax.random.key(0))
-    return trees.join(jax.jit(scales)(), trees.select(shapes, lambda leaf: leaf != "scale"))
+    return trees.join(jax.jit(scales)(), adapters_lib.trained(shapes))
 
 
 def table(layout: Layout, adapters: PyTree) -> Array:

@@ -8,7 +8,7 @@ import pytest
 import toy
 from flax import traverse_util
 
-from fedjax_peft import adapters, trees
+from fedjax_peft import adapters, ranks, trees
 
 MODEL = toy.model()
 BASE = MODEL.init(jax.random.key(0))
@@ -114,9 +114,9 @@ def test_counts_are_those_of_the_formulas():
 
 def test_removed_ranks_do_not_count():
     tree = build(rank=4, head="frozen")
-    masks = {"encoder": {"layer": {"query": {"delta": jnp.array([[1, 1, 0, 1], [0, 0, 0, 0]])}}}}
+    mask = jnp.array([[1, 1, 0, 1], [0, 0, 0, 0]])
     assert adapters.count(tree) == 2 * 4 * 24
-    assert adapters.count(adapters.mask_ranks(tree, masks)) == 3 * 24
+    assert adapters.count(ranks.scaled(ranks.layout(tree), tree, mask)) == 3 * 24
 
 
 # What adapters do
@@ -176,10 +176,10 @@ def test_concatenation_keeps_what_only_one_has():
 def test_removed_ranks_add_nothing_and_receive_no_gradient():
     full = filled(build(rank=4, head="frozen"))
     mask = jnp.array([[1, 0, 0, 1], [0, 1, 0, 0]])
-    masked = adapters.mask_ranks(full, {"encoder": {"layer": {"query": {"delta": mask}}}})
+    masked = ranks.scaled(ranks.layout(full), full, mask)
     delta = full["encoder"]["layer"]["query"]["delta"]
     a, b, scale = np.array(delta.a), np.array(delta.b), float(delta.scale[0, 0])
-    trimmed = [scale * a[layer][:, ranks] @ b[layer][ranks] for layer, ranks in enumerate([[0, 3], [1]])]
+    trimmed = [scale * a[layer][:, kept] @ b[layer][kept] for layer, kept in enumerate([[0, 3], [1]])]
     kernel = BASE["encoder"]["layer"]["query"]["kernel"] + np.stack(trimmed)
     layer = BASE["encoder"]["layer"]["query"] | {"kernel": kernel}
     by_hand = MODEL.apply(BASE | {"encoder": {"layer": {"query": layer}}}, {}, INPUTS)

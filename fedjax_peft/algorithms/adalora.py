@@ -97,7 +97,7 @@ def adalora(
         active = ranks.first(shape, first)
         factor = active if scale == "fixed" else active * 8.0 / jnp.maximum(first, 1) / own
         plan = make_plan(batches.weights, first * layout.sites, budget * layout.sites, warmup, final)
-        fixed = trees.select(adapters, lambda leaf: leaf == "scale")
+        fixed = adapters_lib.fixed(adapters)
         loss = local.objective(model, task, base)
 
         def assembled(trained):
@@ -122,7 +122,7 @@ def adalora(
             return State(trained, moments, importance, mask, state.step + 1), metrics
 
         trained = {
-            "adapters": trees.select(adapters, lambda leaf: leaf != "scale"),
+            "adapters": adapters_lib.trained(adapters),
             "values": jnp.zeros(shape, jnp.float32),
         }
         nothing = Importance(trees.zeros_like(trained), trees.zeros_like(trained))

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedjax_peft import adapters as adapters_lib
 from fedjax_peft import local, ranks, trees
 from fedjax_peft.algorithms import lora
 from fedjax_peft.types import Algorithm, Array, Batches, Model, PyTree, Task
@@ -108,8 +109,8 @@ def learn_scales(
     """
     examples = jnp.maximum(batches.constants["examples"], 1.0)
     loss = local.objective(model, task, base)
-    fixed = trees.select(adapters, lambda leaf: leaf == "scale")
-    start = {"adapters": trees.select(adapters, lambda leaf: leaf != "scale"), "scales": scales}
+    fixed = adapters_lib.fixed(adapters)
+    start = {"adapters": adapters_lib.trained(adapters), "scales": scales}
 
     def objective(trained, batch, key):
         held = ranks.clamp(trained["scales"].astype(jnp.float32), settings.low, settings.high)

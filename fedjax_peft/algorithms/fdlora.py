@@ -90,17 +90,17 @@ def fdlora(
     )
 
     def init_client(server, client_id, key):
-        return Client(_trained(server.adapters), federated.init_client(server, client_id, key))
+        return Client(adapters_lib.trained(server.adapters), federated.init_client(server, client_id, key))
 
     def client_update(base, server, client, batches, key):
         common, upload, metrics = federated.client_update(base, server, client.common, batches, key)
         index = server.round - 1  # of the warm-up it is -1
         synced = (index >= 0) & (index % sync_every == 0)
-        private = trees.where(synced, trees.add(_trained(server.adapters), upload), client.private)
+        private = trees.where(synced, trees.add(adapters_lib.trained(server.adapters), upload), client.private)
         return Client(private, common), upload, metrics
 
     def personalize(base, server, client, batches, key):
-        fixed = trees.select(server.adapters, lambda leaf: not adapters_lib.is_trained(leaf))
+        fixed = adapters_lib.fixed(server.adapters)
         pair = server.adapters, trees.join(client.private, fixed)
         texts = local.held_out(batches, "fuse_on") if fuse_on == "aux" else batches.replace(constants={})
         loss = local.objective(model, task, base)
@@ -140,8 +140,11 @@ def fusion(common: PyTree, private: PyTree, weights: Array, fuse: str) -> PyTree
     """Adapters w1 common + w2 private, weights [2]; see `fdlora` for what that means of a LoRA."""
     if fuse == "factors":
         return trees.join(
-            trees.add(trees.scale(_trained(common), weights[0]), trees.scale(_trained(private), weights[1])),
-            trees.select(common, lambda leaf: not adapters_lib.is_trained(leaf)),
+            trees.add(
+                trees.scale(adapters_lib.trained(common), weights[0]),
+                trees.scale(adapters_lib.trained(private), weights[1]),
+            ),
+            adapters_lib.fixed(common),
         )
 
     def weighed(node, weight):
@@ -222,10 +225,6 @@ def _slope(points: Array, values: Array, before: Array) -> Array:
 def _direction(slope: Array) -> Array:
     length = jnp.sqrt(jnp.sum(jnp.square(slope)))
     return jnp.where(length > 0, slope / jnp.where(length > 0, length, 1.0), 0.0)
-
-
-def _trained(adapters: PyTree) -> PyTree:
-    return trees.select(adapters, adapters_lib.is_trained)
 
 
 def _check(sync_every: int, fuse_batches: int, outer_rate: float, fuse: str, fuse_on: str) -> None:

@@ -88,17 +88,17 @@ def feddpa(
         return Server(federated.init(key), _each(own, lambda node: node.replace(scale=node.scale * local_weight)))
 
     def init_client(server, client_id, key):
-        moments = optimizer.init(trees.select(server.local, adapters_lib.is_trained)) if keep_optimizer else ()
+        moments = optimizer.init(adapters_lib.trained(server.local)) if keep_optimizer else ()
         return Client(server.local, federated.init_client(server.common, client_id, key), moments)
 
     def train_local(base, frozen, client, batches, key, rate):
         loss = local.objective(model, task, base)
-        fixed = trees.select(client.local, lambda leaf: not adapters_lib.is_trained(leaf))
+        fixed = adapters_lib.fixed(client.local)
 
         def objective(trained, batch, key):
             return loss(adapters_lib.beside(frozen, trees.join(trained, fixed)), batch, key)
 
-        start = trees.select(client.local, adapters_lib.is_trained)
+        start = adapters_lib.trained(client.local)
         moments = client.optimizer if keep_optimizer else optimizer.init(start)
         trained, moments, metrics = local.train(objective, optimizer, start, moments, batches, key, rate=rate)
         client = client.replace(local=trees.join(trained, fixed), optimizer=moments if keep_optimizer else ())
@@ -107,8 +107,8 @@ def feddpa(
     def client_update(base, server, client, batches, key):
         received = server.common.adapters
         common, upload, metrics = federated.client_update(base, server.common, client.common, batches, key)
-        trained = trees.add(trees.select(received, adapters_lib.is_trained), upload)
-        trained = trees.join(trained, trees.select(received, lambda leaf: not adapters_lib.is_trained(leaf)))
+        trained = trees.add(adapters_lib.trained(received), upload)
+        trained = trees.join(trained, adapters_lib.fixed(received))
         rate = 1.0 if schedule is None else schedule(server.common.round)
         key = jax.random.fold_in(key, LOCAL)
         client, loss = train_local(base, trained, client.replace(common=common), batches, key, rate)

@@ -178,7 +178,7 @@ def fedl2p(
         objective, start = _objective(model, task, base, adapters)
         used = batches if test_fraction == 1 else split(batches, test_fraction)[0]
         end, _ = adapt(objective, start, rates, settings, used, key, wait(used, batches))
-        return trees.join(end, trees.select(adapters, lambda leaf: leaf == "scale"))
+        return trees.join(end, adapters_lib.fixed(adapters))
 
     def observe(base, inputs, weights, constants):
         return taps.moments(model, base, inputs, weights, mask_padding=tap_mask_padding)
@@ -310,8 +310,8 @@ def make_adamw(**settings) -> AdamW:
 def _objective(model: Model, task: Task, base: PyTree, adapters: PyTree) -> tuple[local.Loss, PyTree]:
     """The loss as a function of all leaves but the scales, and those leaves."""
     loss = local.objective(model, task, base)
-    fixed = trees.select(adapters, lambda leaf: leaf == "scale")
-    start = trees.select(adapters, lambda leaf: leaf != "scale")
+    fixed = adapters_lib.fixed(adapters)
+    start = adapters_lib.trained(adapters)
     return lambda trained, batch, key: loss(trees.join(trained, fixed), batch, key), start
 
 

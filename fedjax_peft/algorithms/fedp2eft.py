@@ -22,6 +22,7 @@ import numpy as np
 import optax
 from flax import struct
 
+from fedjax_peft import adapters as adapters_lib
 from fedjax_peft import aggregate, local, ranks, taps, trees
 from fedjax_peft.algorithms import bayestune, lora
 from fedjax_peft.types import Algorithm, Array, Model, PyTree, Task
@@ -300,8 +301,8 @@ def _with_scales(model, task, base, adapters, kept, both, batches, key, layout, 
     """Personalization that goes on training the kept scales, on the loss alone; `both` is a `bayestune.joint`."""
     mask = (kept > 0).astype(jnp.float32)
     loss = local.objective(model, task, base)
-    fixed = trees.select(adapters, lambda leaf: leaf == "scale")
-    start = {"adapters": trees.select(adapters, lambda leaf: leaf != "scale"), "scales": kept}
+    fixed = adapters_lib.fixed(adapters)
+    start = {"adapters": adapters_lib.trained(adapters), "scales": kept}
 
     def assembled(trained):
         scales = mask * ranks.clamp(trained["scales"], settings.low, settings.high)

@@ -111,7 +111,7 @@ def hetlora(
     def train(base, server, client, start, batches, key, rate):
         """(trained, moments, metrics) of a client that stays at its rank."""
         loss, tail = local.objective(model, task, base), tails[client.rank]
-        fixed = trees.select(between(server.adapters, 0, client.rank), lambda leaf: not adapters_lib.is_trained(leaf))
+        fixed = adapters_lib.fixed(between(server.adapters, 0, client.rank))
 
         def objective(trained, batch, key):
             value, metrics = loss(trees.join(trained, fixed), batch, key)
@@ -143,7 +143,7 @@ def hetlora(
         uniform, factors = aggregate.mean(sums.uniform), aggregate.mean(sums.by_norm)
         # As long as all B are 0 nobody has learnt more than others.
         factors = trees.where(sums.by_norm.weight > 0, factors, trees.select(uniform, _is_factor))
-        fixed = trees.select(server.adapters, lambda leaf: not adapters_lib.is_trained(leaf))
+        fixed = adapters_lib.fixed(server.adapters)
         adapters = trees.join(factors, uniform, fixed)
         change = jnp.sqrt(trees.squared_norm(trees.subtract(adapters, server.adapters)))
         norm = sums.by_norm.weight / sums.uniform.weight
@@ -221,7 +221,7 @@ def pruned(rank: Array, tail: Array, before: Array, after: Array, least: int) ->
 
 def _received(server: Server, rank: Array) -> PyTree:
     """What a client trains, as it comes from the server: the first ranks of A and B, and the head."""
-    return trees.select(between(server.adapters, 0, rank), adapters_lib.is_trained)
+    return adapters_lib.trained(between(server.adapters, 0, rank))
 
 
 def _loras(adapters: PyTree) -> list[adapters_lib.LoRA]:

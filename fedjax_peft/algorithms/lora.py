@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import optax
 
+from fedjax_peft import adapters as adapters_lib
 from fedjax_peft import local, ranks, trees
 from fedjax_peft.types import Algorithm, Array, Batches, Model, PyTree, Task
 
@@ -78,8 +79,8 @@ def fine_tune(
 ) -> tuple[PyTree, dict[str, Array]]:
     """Trains all of the adapters but their scales on the batches of one client: (adapters, mean metrics)."""
     loss = local.objective(model, task, base)
-    fixed = trees.select(adapters, lambda leaf: leaf == "scale")
-    start = trees.select(adapters, lambda leaf: leaf != "scale")
+    fixed = adapters_lib.fixed(adapters)
+    start = adapters_lib.trained(adapters)
 
     def objective(trained, batch, key):
         return loss(trees.join(trained, fixed), batch, key)

@@ -164,10 +164,10 @@ def _mutual(
 
     def init_client(server, client_id, key):
         del server, client_id
-        return Client(trees.select(init_adapters(key), adapters_lib.is_trained), jnp.float32(0.5))
+        return Client(adapters_lib.trained(init_adapters(key)), jnp.float32(0.5))
 
     def whole(server, both):
-        fixed = trees.select(server.adapters, lambda leaf: not adapters_lib.is_trained(leaf))
+        fixed = adapters_lib.fixed(server.adapters)
         return tuple(trees.join(own, fixed) for own in both)
 
     def train(base, server, client, batches, key, rate):
@@ -177,7 +177,7 @@ def _mutual(
         def of_trained(both, batch, key):
             return loss(whole(server, both), batch, key)
 
-        start = client.private, trees.select(server.adapters, adapters_lib.is_trained)
+        start = client.private, adapters_lib.trained(server.adapters)
         both, _, metrics = local.train(of_trained, each, start, each.init(start), batches, key, rate=rate)
         return both, metrics
 
@@ -187,7 +187,7 @@ def _mutual(
         return client.replace(weight=fit(base, whole(server, both), client.weight, batches, key))
 
     def client_update(base, server, client, batches, key):
-        received = trees.select(server.adapters, adapters_lib.is_trained)
+        received = adapters_lib.trained(server.adapters)
         client = fitted(base, server, client, (client.private, received), batches, key)
         rate = 1.0 if schedule is None else schedule(server.round)
         (private, shared), metrics = train(base, server, client, batches, key, rate)

@@ -64,8 +64,8 @@ def perfedavg(
     def objective(base, server):
         """The loss as a function of what is trained, the received value of that, and what is not trained."""
         loss = local.objective(model, task, base)
-        fixed = trees.select(server.adapters, lambda leaf: not adapters_lib.is_trained(leaf))
-        start = trees.select(server.adapters, adapters_lib.is_trained)
+        fixed = adapters_lib.fixed(server.adapters)
+        start = adapters_lib.trained(server.adapters)
         return lambda trained, batch, key: loss(trees.join(trained, fixed), batch, key), start, fixed
 
     def client_update(base, server, client, batches, key):

@@ -132,7 +132,7 @@ def pf2lora(
     def init_client(server, client_id, key):
         del client_id
         personal = server.personal if identical else _personal(key, server.common)
-        moments = optimizer.init(_trained(server.common)) if keep_optimizer else ()
+        moments = optimizer.init(adapters_lib.trained(server.common)) if keep_optimizer else ()
         return Client(personal, moments, jnp.int32(0))
 
     def losses(base, server, client):
@@ -140,14 +140,14 @@ def pf2lora(
         loss = local.objective(model, task, base)
 
         def objective(x, y, batch, key):
-            common = trees.join(x, _fixed(server.common))
-            return loss(adapters_lib.concat(common, trees.join(y, _fixed(client.personal))), batch, key)[0]
+            common = trees.join(x, adapters_lib.fixed(server.common))
+            return loss(adapters_lib.concat(common, trees.join(y, adapters_lib.fixed(client.personal))), batch, key)[0]
 
         return objective
 
     def client_update(base, server, client, batches, key):
         rate = 1.0 if schedule is None else schedule(server.round)
-        start = _trained(server.common)
+        start = adapters_lib.trained(server.common)
         # Not the key of `init_client`, which this client might never have used.
         personal = _personal(jax.random.fold_in(key, PERSONAL), server.common) if reset else client.personal
         loss = losses(base, server, client)
@@ -171,10 +171,10 @@ def pf2lora(
             return (x, both.personal, moments), {"loss": both.loss}
 
         moments = client.optimizer if keep_optimizer else optimizer.init(start)
-        carry = (start, _trained(personal), moments)
+        carry = (start, adapters_lib.trained(personal), moments)
         (x, y, moments), metrics = local.scan(step, carry, batches, key)
         upload = trees.subtract(x, start)
-        personal = trees.join(y, _fixed(personal))
+        personal = trees.join(y, adapters_lib.fixed(personal))
         client = Client(personal, moments if keep_optimizer else (), client.rounds + 1)
         return client, upload, metrics | {"update_norm": jnp.sqrt(trees.squared_norm(upload))}
 
@@ -183,21 +183,21 @@ def pf2lora(
 
     def server_update(server, sums):
         mean = aggregate.mean(sums)
-        common = trees.join(trees.add(_trained(server.common), mean), _fixed(server.common))
+        common = trees.join(trees.add(adapters_lib.trained(server.common), mean), adapters_lib.fixed(server.common))
         metrics = {"server_update_norm": jnp.sqrt(trees.squared_norm(mean))}
         return Server(common, server.personal, server.round + 1), metrics
 
     def personalize(base, server, client, batches, key):
-        loss, x = losses(base, server, client), _trained(server.common)
+        loss, x = losses(base, server, client), adapters_lib.trained(server.common)
 
         def step(y, batch, key):
             value, gradient = jax.value_and_grad(lambda y: loss(x, y, batch, key))(y)
             return trees.subtract(y, trees.scale(gradient, personal_rate * client_rate)), {"loss": value}
 
-        start = _trained(client.personal)
+        start = adapters_lib.trained(client.personal)
         adapted, _ = local.scan(step, start, batches, key)
         y = adapted if adapt_known else trees.where(client.rounds > 0, start, adapted)
-        return adapters_lib.concat(server.common, trees.join(y, _fixed(client.personal)))
+        return adapters_lib.concat(server.common, trees.join(y, adapters_lib.fixed(client.personal)))
 
     def traffic(server):
         sent = adapters_lib.count(server.common)
@@ -249,14 +249,6 @@ def two_level(
     loss, (gradient, direction) = jax.value_and_grad(outer, (0, 1))(x, stepped)
     mixed = bilevel.hessian_vector(lambda y: jax.grad(inner)(x, y), y, direction, how=hvp, eps=fd_eps)
     return Hypergradient(stepped, trees.subtract(gradient, trees.scale(mixed, rate)), loss)
-
-
-def _trained(adapters: PyTree) -> PyTree:
-    return trees.select(adapters, adapters_lib.is_trained)
-
-
-def _fixed(adapters: PyTree) -> PyTree:
-    return trees.select(adapters, lambda leaf: not adapters_lib.is_trained(leaf))
 
 
 def _like(scale: Array, rank: int) -> Array:
