@@ -38,6 +38,8 @@ def choose(
     path = epath.Path(workdir) / "chunk.json"
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     known = metrics.read_json(path) or {}
+    if "chunk" in known:  # as older releases wrote it, without the devices
+        known = {devices: known}
     if devices in known:
         return known[devices]["chunk"]
     seconds: dict[int, float] = {}

@@ -45,7 +45,7 @@ def default_config() -> ConfigDict:
     config.adapter.dropout = 0.0  # of what LoRAs read
     config.adapter.rank_stabilized = False  # alpha / sqrt(rank) in place of alpha / rank
 
-    config.algorithm = ConfigDict({"name": "fedit"})  # of algorithms.ALL; other keys are its arguments
+    config.algorithm = ConfigDict({"name": "fedit"})  # or FILE.py:FUNCTION; other keys are its arguments
     config.server = ConfigDict({"name": "average"})  # how the mean update is applied, see aggregate.server_optimizer
     config.server.learning_rate = config_dict.placeholder(float)  # unset: 1 for `average` and `momentum`, else 1e-3
     config.server.momentum = 0.9  # b1

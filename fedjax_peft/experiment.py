@@ -116,15 +116,20 @@ def rebuilt(workdir: epath.PathLike) -> Rebuilt:
     places = [folder, workdir] if further else [workdir]
     if unfinished := [place for place in places if not (epath.Path(place) / "summary.json").exists()]:
         raise ValueError(f"workdir {unfinished[0]} has no finished run: summary.json is missing")
-    ground, shared = grounds.load(config, first.seed), None
-    hashes = ground.hashes | methods.sources(config)
-    if changed := [name for name, sha256 in hashes.items() if found["sha256"].get(name, sha256) != sha256]:
-        raise ValueError(f"workdir {workdir} was made with other files: the SHA-256 of {changed[0]} has changed")
+    own, shared = methods.sources(config), None
+    ground = grounds.load(config, first.seed)
+    _check_same(workdir, found["sha256"], ground.hashes | own)
     if further:
         ground, shared = _further(ground, Stage.make(first, ground), folder)
+        _check_same(workdir, found["sha256"], ground.hashes)
     stage = Stage.make(config, ground)
     base = rounds.shard_base(ground.pretrained.base, stage.mesh)
     return Rebuilt(config, ground, knowing(config, ground, stage, base, _kept(config, workdir)), base, shared)
+
+
+def _check_same(workdir: epath.PathLike, then: dict[str, str], now: dict[str, str]) -> None:
+    if changed := [name for name, sha256 in now.items() if then.get(name, sha256) != sha256]:
+        raise ValueError(f"workdir {workdir} was made with other files: the SHA-256 of {changed[0]} has changed")
 
 
 def _study(config: ConfigDict, workdir: str) -> dict[str, Any]:

@@ -102,6 +102,11 @@ def write(run: Any, own: PyTree, output: epath.PathLike, *, merged: bool) -> str
     return _advice(run, target, output, merged)
 
 
+def _whole(source: str) -> str:
+    """The name of a base, from any folder that it may be loaded in."""
+    return str(pathlib.Path(source).resolve()) if pathlib.Path(source).is_dir() else source
+
+
 def check(run: Any, merged: bool, shapes: PyTree) -> None:
     """Raises ValueError for adapters, or their shapes, that the chosen form cannot hold."""
     jax.eval_shape(adapters_lib.merge, run.base, shapes)  # has a sentence for what is no update of weights
@@ -163,7 +168,7 @@ def _adapter(
     config = {
         "peft_type": "LORA",
         "task_type": target.kind.task_type,
-        "base_model_name_or_path": PUBLISHED.get(source, source),
+        "base_model_name_or_path": PUBLISHED.get(source, _whole(source)),
         "inference_mode": True,
         "lora_dropout": run.config.adapter.dropout,
         "bias": "none",

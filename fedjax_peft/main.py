@@ -64,7 +64,7 @@ def run(arguments: list[str]) -> None:
     from fedjax_peft.reports import report
 
     processes.connect(values.coordinator, values.processes, values.process)
-    minutes = values.config.run.watchdog_minutes if "run" in values.config else 30.0
+    minutes = values.config.get("run", {}).get("watchdog_minutes", 30.0)
     with processes.together(), processes.watchdog(epath.Path(values.workdir) / "processes", minutes) as begin:
         try:
             experiment.run(values.config, values.workdir, begin)

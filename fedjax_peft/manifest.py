@@ -79,8 +79,8 @@ def write(
 ) -> None:
     """Writes the manifest: config, seed, commit, versions, devices, mesh, sizes and hashes of base weights and data.
 
-    A run that goes on keeps what is written of its start, and adds the command, the versions and the devices of each
-    further one under `resumed`; one that is finished stays as it is.
+    A run that goes on keeps what is written of its start, but for where data and weights lie, and adds the command, the
+    versions and the devices of each further one under `resumed`.
     """
     workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -88,8 +88,14 @@ def write(
     content = metrics.read_json(workdir / "manifest.json")
     if content is None:
         content = {"experiment": experiment, "run": run, "sha256": hashes, "sizes": sizes, **start}
-    elif not (workdir / "summary.json").exists():
-        content |= {"run": run, "resumed": [*content.get("resumed", ()), start]}
+    else:
+        # Whoever asks a client of this run later looks where data and weights are now.
+        for section, name in (key.split(".") for key in LOCATIONS):
+            if name in experiment.get(section, ()) and name in content["experiment"].get(section, ()):
+                content["experiment"][section][name] = experiment[section][name]
+        content["run"] = run
+        if not (workdir / "summary.json").exists():
+            content["resumed"] = [*content.get("resumed", ()), start]
     metrics.write_json(workdir / "manifest.json", content)
 
 
@@ -115,12 +121,16 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    folder = epath.Path(__file__).parent
-    result = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True, check=False
-    )
-    # Hosts and images may have the files without their history.
-    return result.stdout.strip() or os.environ.get("FEDJAX_PEFT_COMMIT") or None
+    command = ["git", "describe", "--always", "--dirty"]
+    # Hosts and images may have the files without their history, and no git.
+    if told := os.environ.get("FEDJAX_PEFT_COMMIT"):
+        return told
+    try:
+        folder = epath.Path(__file__).parent
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return result.stdout.strip() or None
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

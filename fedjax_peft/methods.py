@@ -32,15 +32,22 @@ def find(name: str) -> Callable[..., Algorithm]:
 
 @functools.lru_cache  # one reading, so that all stages and points of a run have the same function
 def _read(path: str) -> dict[str, Any]:
-    if not pathlib.Path(path).is_file():
-        raise ValueError(f"algorithm.name asks for the file {path}, which does not exist")
+    _bytes(path)
     return runpy.run_path(path)
 
 
+def _bytes(path: str) -> bytes:
+    if not pathlib.Path(path).is_file():
+        raise ValueError(f"algorithm.name asks for the file {path}, which does not exist")
+    return pathlib.Path(path).read_bytes()
+
+
 def sources(config: ConfigDict) -> dict[str, str]:
-    """SHA-256 of the file of a method of your own, which identifies a run as its config does."""
-    path, own, _ = config.algorithm.name.rpartition(":")
-    return {"algorithm": hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()} if own else {}
+    """SHA-256 of the files of methods of your own, which identify a run as its config does."""
+    points = {f"points.{name}": sections for name, sections in config.points.items()}
+    names = {key: own.algorithm.name for key, own in points.items() if "name" in own.get("algorithm", {})}
+    paths = {key: name.rpartition(":")[0] for key, name in ({"algorithm": config.algorithm.name} | names).items()}
+    return {key: hashlib.sha256(_bytes(path)).hexdigest() for key, path in paths.items() if path}
 
 
 def abstract(

@@ -61,12 +61,16 @@ def shared(run: Any, workdir: epath.PathLike) -> tuple[PyTree, PyTree]:
 
 
 def number(names: tuple[str, ...], client: int | str) -> int:
-    """The number of a client that may be given by its name."""
-    if str(client).isdecimal():
-        return int(client)
-    if client not in names:
+    """The number of a client that may be given by its name, or as `name:NAME` where names are numbers too."""
+    said = str(client)
+    name = said.removeprefix("name:")
+    if said.isdecimal():
+        if isinstance(client, str) and said in names and names.index(said) != int(said):
+            raise ValueError(f"--client={said} is the number of one client and the name of another: say name:{said}")
+        return int(said)
+    if name not in names:
         raise ValueError(f"--client is {client!r}, expected 0 to {len(names) - 1} or a name as in clients.parquet")
-    return names.index(client)
+    return names.index(name)
 
 
 def _first(own: PyTree) -> PyTree:

@@ -1,6 +1,7 @@
 """One stage of an experiment, built from its config: what is trained, who takes part, and how they are evaluated."""
 
 import io
+import os
 from typing import NamedTuple
 
 import jax
@@ -130,8 +131,10 @@ def _observed(
     if not path.exists() and processes.first():
         packed = io.BytesIO()
         np.savez(packed, **known)
-        path.with_suffix(".tmp").write_bytes(packed.getvalue())
-        path.with_suffix(".tmp").replace(path)
+        # Runs side by side on one base write it at the same time.
+        own = path.with_suffix(f".{os.getpid()}.tmp")
+        own.write_bytes(packed.getvalue())
+        own.replace(path)
     if config.observe.shuffle:
         order = np.random.default_rng(config.seed).permutation(len(ground.federation.names))
         known = {name: values[order] for name, values in known.items()}

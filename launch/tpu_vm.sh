@@ -5,9 +5,16 @@ set -euo pipefail
 
 place=(--project=@PROJECT@ --zone=@ZONE@)
 
+# UNKNOWN is no news: the cloud may be there while this machine does not reach it.
 state() {
-  gcloud compute tpus queued-resources describe @NAME@ "${place[@]}" --format='value(state.state)' 2>/dev/null ||
-    echo GONE
+  local said errors
+  errors=$(mktemp) || return 1
+  if ! said=$(gcloud compute tpus queued-resources describe @NAME@ "${place[@]}" --format='value(state.state)' \
+    2>"$errors"); then
+    if grep -q NOT_FOUND "$errors"; then said=GONE; else said=UNKNOWN; fi
+  fi
+  rm "$errors"
+  echo "$said"
 }
 
 everywhere() {
@@ -72,8 +79,12 @@ ends() {
 
 # Until the run has ended: 0 if well on all hosts, 2 for a mistake, 1 for a failure, 3 if hosts do not answer any more.
 await() {
-  local end worst silent=0 found
-  while [[ $(state) == ACTIVE ]]; do
+  local end worst silent=0 found now
+  while now=$(state) && [[ $now == ACTIVE || $now == UNKNOWN ]]; do
+    if [[ $now == UNKNOWN ]]; then
+      sleep "${PAUSE:-60}"
+      continue
+    fi
     found=$(ends) || found=
     worst=0
     silent=$((${#found} ? 0 : silent + 1))
@@ -106,14 +117,20 @@ delete() {
   gcloud compute tpus queued-resources delete @NAME@ "${place[@]}" --force --quiet
 }
 
+left() {
+  echo "@NAME@: the machines could not be deleted and are still rented: run '$0 delete'" >&2
+}
+
 finished() {
   gcloud storage ls @WORKDIR@/summary.json >/dev/null 2>&1
 }
 
 # Machines with this run on them: those that are there, or new ones.
 begin() {
-  if [[ $(state) == ACTIVE ]] && run; then return; fi
-  if [[ $(state) != GONE ]]; then delete; fi
+  local now
+  while now=$(state) && [[ $now == UNKNOWN ]]; do sleep "${PAUSE:-60}"; done
+  if [[ $now == ACTIVE ]] && run; then return; fi
+  if [[ $now != GONE ]]; then delete; fi
   create && install && run
 }
 
@@ -132,7 +149,7 @@ keep() {
       1) stop ;;
       2)
         logs '' || true
-        delete || true
+        delete || left
         echo "@NAME@: a mistake in the job, which another start does not mend" >&2
         return 2
         ;;
@@ -140,7 +157,7 @@ keep() {
       esac
     fi
   done
-  delete || true
+  delete || left
   echo "@NAME@: not finished after @RESTARTS@ restarts" >&2
   return 1
 }

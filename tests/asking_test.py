@@ -8,7 +8,7 @@ import optax
 import pytest
 import tiny
 
-from fedjax_peft import experiment, ground, main, metrics
+from fedjax_peft import experiment, ground, main, metrics, one_client
 from fedjax_peft.data import federated, tokenizers, trimmed
 from fedjax_peft.data.federated import Encoded
 
@@ -105,3 +105,15 @@ def test_tokens_that_were_trimmed_are_unknown_or_left_out():
     own = trimmed.tokenizer(letters._replace(unk=ord("?")), kept)
     encoded = own.encode(["axb", "zz", "c"], max_length=9)
     assert own.decode(encoded.tokens) == "a?b??c" and encoded.offsets.tolist() == [0, 3, 5, 6]
+
+
+def test_clients_by_number_and_by_name():
+    names = ("21", "ann", "0")
+    assert one_client.number(names, 1) == one_client.number(names, "1") == one_client.number(names, "ann") == 1
+    assert one_client.number(names, "name:0") == 2 and one_client.number(names, "name:21") == 0
+    assert one_client.number(names, 0) == 0  # in Python a number is a number
+    with pytest.raises(ValueError, match="--client=0 is the number of one client and the name of another: say name:0"):
+        one_client.number(names, "0")
+    for unknown in ("bob", "name:1"):
+        with pytest.raises(ValueError, match="expected 0 to 2 or a name as in clients.parquet"):
+            one_client.number(names, unknown)

@@ -15,7 +15,7 @@ import safetensors.numpy
 import tiny
 from etils import epath
 
-from fedjax_peft import adapters, experiment, export, main, metrics, mixture, one_client, published
+from fedjax_peft import adapters, experiment, export, main, metrics, mixture, one_client, published, ranks
 from fedjax_peft.algorithms import fedprompt
 from fedjax_peft.models import hf, tables
 
@@ -207,9 +207,8 @@ def test_experts_and_servers_without_adapters_are_refused(tmp_path, monkeypatch)
 
 def test_nothing_kept_is_nothing_to_write(tmp_path):
     run, own = rebuilt(base_folder(tmp_path, "bert"), shared=False)
-    own = adapters.mask_ranks(own, jax.tree.map(
-        lambda node: jnp.zeros(node.scale.shape) if isinstance(node, adapters.LoRA) else None,
-        own, is_leaf=lambda node: not isinstance(node, dict)))  # fmt: skip
+    layout = ranks.layout(own)
+    own = ranks.scaled(layout, own, jnp.zeros((layout.sites, layout.rank)))
     with pytest.raises(ValueError, match="no rank is kept at any site"):
         export.write(run, own, tmp_path / "out", merged=False)
     assert not (tmp_path / "out").exists()

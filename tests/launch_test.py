@@ -214,7 +214,9 @@ def test_pods_get_their_variables_and_secrets_of_the_cluster(tmp_path):
 # Hosts are folders of this machine: what is sent there is copied, what is said there is run here.
 CLOUD = """echo "$*" >>"$LOG"
 case $* in
-*describe*) if [[ -e made ]]; then cat made; else exit 1; fi ;;
+*describe*)
+  if [[ -e away ]]; then rm away && echo "no network" >&2 && exit 1; fi
+  if [[ -e made ]]; then cat made; else echo "ERROR: NOT_FOUND" >&2 && exit 1; fi ;;
 *' create '*) if [[ -e once ]]; then echo ACTIVE >made; else echo "$FIRST" >made; touch once; fi ;;
 *' delete '*) rm -r made; rm -rf masakhanews ;;
 *' scp '*) cp "$5" "$6" . ;;
@@ -278,6 +280,12 @@ def test_machines_that_were_taken_away_are_replaced(tmp_path):
         "scp",
         "delete",
     ]
+
+
+def test_machines_that_are_out_of_reach_for_a_while_are_kept(tmp_path):
+    away = f'if [[ ! -e "$CODES.away" ]]; then touch "$CODES.away" ../away; sleep 1; fi; {RUN}'
+    assert kept(tmp_path, rendered("tpu_vm", tmp_path), [0], run=away) == 0
+    assert did(tmp_path) == ["create", "scp", "|started", "delete"] and not (tmp_path / "away").exists()
 
 
 def test_secrets_reach_hosts_and_are_asked_for_before_anything_is_rented(tmp_path):

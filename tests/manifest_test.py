@@ -53,6 +53,19 @@ def test_a_run_that_goes_on_keeps_what_is_written_of_its_start(tmp_path, monkeyp
     metrics.write_json(tmp_path / "summary.json", {})
     write(tmp_path)
     assert metrics.read_json(tmp_path / "manifest.json") == content
+    moved = changed("data", source="/there") | changed("model", source="/elsewhere")
+    manifest.write(tmp_path, moved, {"chunk": 8}, hashes={}, mesh=rounds.make_mesh(1, 1), sizes={})
+    found = metrics.read_json(tmp_path / "manifest.json")
+    assert found["experiment"]["model"]["source"] == "/elsewhere" and found["run"] == {"chunk": 8}
+    assert "source" not in found["experiment"]["data"] and "resumed" in found
+
+
+def test_where_there_is_no_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("FEDJAX_PEFT_COMMIT", raising=False)
+    assert manifest.environment()["commit"] is None
+    monkeypatch.setenv("FEDJAX_PEFT_COMMIT", "abc1234")
+    assert manifest.environment()["commit"] == "abc1234"
 
 
 def test_runs_of_older_releases_go_on_while_new_keys_keep_their_defaults(tmp_path):

@@ -30,7 +30,7 @@ def dolly(
     """Dolly-15K, its eight categories spread over clients by Dirichlet(alpha), drawn by `seed`."""
     partition = {"name": "dirichlet", "label": "category", "clients": clients, "alpha": alpha, "seed": seed}
     columns = {"instruction": "instruction", "context": "context", "answer": "response", "group": "category"}
-    own = {"source": source, "max_length": max_length, "template": template, "partition": partition}
+    own = {"source": source, "max_length": max_length, "template": template, "partition": partition, "test": None}
     return prompted.from_columns(tokenizer, **own, **columns, **division)
 
 
@@ -97,6 +97,7 @@ def fed_aya(
         keep={"language": languages},
         group="language",
         train=split,
+        test=None,
         # Ids may be read as texts.
         unseen=np.flatnonzero(np.isin(ids.astype(str), np.array(list(unseen), str))).tolist() or 0,
         **{"aux": 0.0, "validation": 0.0, "test_fraction": 0.2, "test_limit": None} | division,

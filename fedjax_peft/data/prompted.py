@@ -54,7 +54,7 @@ def from_columns(
     configs: Sequence[str] = (),
     group: str | None = None,
     train: str = "train",
-    test: str | None = None,
+    test: str | None = text_data.AUTO,
     keep: Mapping[str, Sequence] | None = None,
     unseen: int | Sequence = 0,
     seed: int = 0,
@@ -71,7 +71,8 @@ def from_columns(
       configs: subsets to read one after the other; the new column `language` tells them apart.
       group: column that results are broken down by.
       train, test: splits, also several as in `train+validation`, or `*` for all files of a folder, which the column
-        `file` tells apart; without `test`, rows are held out of each client's.
+        `file` tells apart; `auto` is the split `test`, or none where there are no splits. Without one, rows of each
+        client are held out.
       keep: {column: values}: rows with other values are left out.
       unseen: clients that never train: how many, drawn at random, or which.
       seed: of that draw.
@@ -221,7 +222,8 @@ def _repaired(name: str, parts: dict[str, np.ndarray], division: Division, fits:
     if not len(parts["train"]):
         needed = ", ".join(["train", *wanted])
         raise ValueError(
-            f"client {name} has too few rows whose prompts fit into max_length, expected one each for {needed}"
+            f"client {name} has too few rows whose prompts fit into max_length, expected one each for {needed}; "
+            f"data.partition.min_size leaves out who has fewer"
         )
     return parts
 

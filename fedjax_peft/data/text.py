@@ -163,11 +163,11 @@ def texts(table: Table, columns: str | Sequence[str]) -> tuple[list[str], list[s
 
 
 def _joined(source: epath.PathLike, names: Sequence[str], tables: Sequence[Table]) -> Table:
-    """The rows of all tables, one below the other."""
-    for name, table in zip(names, tables, strict=True):
-        if table.keys() != tables[0].keys():
-            raise ValueError(f"{source}: the columns of {name!r} and {names[0]!r} differ; choose common `columns`")
-    return {column: np.concatenate([table[column] for table in tables]) for column in tables[0]}
+    """The rows of all tables, one below the other, with the columns that all of them have."""
+    common = [column for column in tables[0] if all(column in table for table in tables)]
+    if not common:
+        raise ValueError(f"{source}: {', '.join(names)} have no column in common")
+    return {column: np.concatenate([table[column] for table in tables]) for column in common}
 
 
 def _each(folder: epath.Path, columns: Sequence[str] | None) -> Table:
@@ -175,10 +175,13 @@ def _each(folder: epath.Path, columns: Sequence[str] | None) -> Table:
     files = sorted(file for file in _inside(folder) if file.suffix in _READERS)
     if not files:
         raise ValueError(f"{folder} has no file of a known kind ({', '.join(_READERS)})")
-    tables = [read(file, split=EVERY, columns=columns) for file in files]
-    sizes = [len(next(iter(table.values()))) for table in tables]
-    names = np.array([file.stem for file in files], object)
-    return _joined(folder, [file.name for file in files], tables) | {"file": np.repeat(names, sizes)}
+    read_in = {file: read(file, split=EVERY, columns=columns) for file in files if file.stat().length}
+    tables = {file: table for file, table in read_in.items() if len(next(iter(table.values()), ()))}
+    if not tables:
+        raise ValueError(f"{folder}: no file has rows")
+    sizes = [len(next(iter(table.values()))) for table in tables.values()]
+    names = np.repeat(np.array([file.stem for file in tables], object), sizes)
+    return _joined(folder, [file.name for file in tables], list(tables.values())) | {"file": names}
 
 
 def _files(folder: epath.Path, split: str, config: str | None) -> list[epath.Path]:

