@@ -34,7 +34,7 @@ def workdir(tmp_path_factory):
     config.max_length, config.widths, config.rounds, config.cohort = 16, 1, 1, 4
     config.adapter.rank = 2
     config.train.steps = config.personalize.steps = 2
-    config.evaluate.every, config.run.chunk = None, 4
+    config.evaluate.every, config.run.chunk = 1000, 4
     experiment.run(config, str(folder / "run"))
     return folder / "run"
 

@@ -174,7 +174,7 @@ def prompts_of(federation, client):
 def test_a_client_answers_as_it_was_judged(source, tmp_path, judged, caplog):
     """By name or number, on one device whatever the run had, and even where no round was trained."""
     config = configured(source)
-    config.rounds, config.data.template, config.evaluate.every = 0, "alpaca", None
+    config.rounds, config.data.template, config.evaluate.every = 0, "alpaca", 1000
     config.max_length, config.evaluate.generate = 200, 5
     config.data.test_limit = 3
     experiment.run(config, str(tmp_path))
@@ -195,7 +195,7 @@ def test_a_client_answers_as_it_was_judged(source, tmp_path, judged, caplog):
 
 def test_unfinished_runs_are_not_asked(source, tmp_path, monkeypatch, capsys):
     config = configured(source)
-    config.rounds, config.evaluate.every, config.evaluate.generate = 0, None, 0
+    config.rounds, config.evaluate.every, config.evaluate.generate = 0, 1000, 0
     config.base = {"name": "fedit", "rounds": 1, "cohort": 4, "train": {"steps": 1, "batch": 4}}
     config.base.adapter = {"targets": "q_proj,v_proj", "rank": 2}
     experiment.run(config, str(tmp_path))
