@@ -77,19 +77,21 @@ ALLOWED = {
     "loop": PURE | RUN,
     "config": set(),
     "one_client": PURE | {"loop", "population", "rounds"},
-    "rank_recovery": ENGINE | {"algorithms", "metrics", "rounds"},
+    "rank_recovery": PURE | {"adapters", "algorithms", "metrics", "rounds", "spectra"},
     "ground": {"types", "config", "data", "evaluate", "generate", "loop", "models", "text_metrics"},
-    "methods": ENGINE | {"algorithms", "config", "data", "ground", "loop"},
+    "methods": PURE
+    | {"adapters", "aggregate", "algorithms", "config", "data", "ground", "local", "loop", "ranks", "spectra", "tasks"},
     "stage": {"data", "evaluate", "ground", "loop", "manifest", "methods", "processes", "rounds", "types"},
-    "experiment": ENGINE
-    | RUN
-    | {"config", "data", "ground", "loop", "manifest", "methods", "one_client", "rank_recovery", "stage"},
+    "experiment": PURE
+    | {"adapters", "config", "data", "ground", "loop", "manifest", "methods", "one_client", "population"}
+    | {"rank_recovery", "rounds", "stage"},
     "published": PURE | {"adapters", "models"},
     "export": PURE | {"adapters", "experiment", "ground", "manifest", "mixture", "models", "one_client", "published"},
     "asking": PURE | {"data", "experiment", "generate", "ground", "one_client"},
     "reports": {"console", "manifest", "metrics", "reports", "summaries"},
-    "benchmarks": ENGINE
-    | {"algorithms", "benchmarks", "console", "data", "loop", "manifest", "metrics", "models", "rounds"},
+    "benchmarks": PURE
+    | {"adapters", "algorithms", "benchmarks", "console", "data", "local", "loop", "manifest", "metrics", "models"}
+    | {"rounds", "tasks"},
     "planning": PURE
     | {"config", "console", "data", "local", "methods", "metrics", "models", "planning", "rounds", "tasks"},
     "doctor": {"processes", "rounds"},
@@ -99,7 +101,6 @@ ALLOWED = {
         "doctor",
         "experiment",
         "export",
-        "generate",
         "loop",
         "planning",
         "processes",
