@@ -208,6 +208,15 @@ def test_clients_without_training_examples_stand_left_of_one():
     assert panel.get_xlabel().endswith("(none: 0.5)")
 
 
+def test_clients_with_as_many_examples_stand_at_their_groups():
+    rows = [row | {"train_examples": 100, "group": "ab"[row["client"] % 2]} for row in make_rows(4, 4, unseen=2)]
+    panel = client_plots.gain(client_plots.outcomes(rows, "accuracy", 4), "accuracy", "title").axes[0]
+    seen, unseen = (part.get_offsets()[:, 0] for part in panel.collections)
+    np.testing.assert_allclose([seen, unseen], [[-0.2, 0.8], [0.2, 1.2]])
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["a", "b"]
+    assert panel.get_xlabel() == "group; each client has 100 training examples"
+
+
 def named(rows: list[dict[str, Any]], total: int = 4) -> list[dict[str, Any]]:
     """The rows with `lora r2` for `personal`, and no model that all clients share but at round 0."""
     return [

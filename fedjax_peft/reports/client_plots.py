@@ -1,7 +1,7 @@
 """Pictures of the clients of a finished run: each before and after, and what personalization gains."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,28 +79,41 @@ def gain(clients: Sequence[Outcome], metric: str, title: str) -> figure.Figure:
     panel = picture.subplots()
     panel.axhline(0, color="0.3", linewidth=0.8)
     largest, handles = max(client.test for client in clients), []
+    place = _across(panel, clients)
     for (color, marker), (pool, members) in zip(itertools.cycle(POOLS), _by("pool", clients).items(), strict=False):
         # Some methods have no model that all clients share, so they start from the base.
         before = "global" if "global" in members[0].stages else "base"
         change = _values(members, "personal") - _values(members, before)
         area = [12 + 188 * client.test / largest for client in members]
-        # A logarithmic axis has no zero.
-        size = [max(client.train, 0.5) for client in members]
-        panel.scatter(size, change, area, color=color, marker=marker, alpha=0.6, linewidth=0)
+        panel.scatter(
+            [place(client) for client in members], change, area, color=color, marker=marker, alpha=0.6, linewidth=0
+        )
         label = f"{pool}: mean {change.mean():+.3f}"
         handles.append(lines.Line2D([], [], linestyle="", color=color, marker=marker, label=label))
-    panel.set_xscale("log")
-    panel.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    panel.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
-    panel.xaxis.set_minor_formatter(ticker.NullFormatter())
-    none = " (none: 0.5)" if any(client.train == 0 for client in clients) else ""
-    panel.set(
-        xlabel=f"training examples of the client{none}", ylabel=f"change of {axis_label(metric)} by personalization"
-    )
+    panel.set_ylabel(f"change of {axis_label(metric)} by personalization")
     panel.set_title(f"{title}; area: the client's test examples, {largest:,} at most")
     panel.grid(axis="y", color="0.92")
     panel.legend(handles=handles)
     return picture
+
+
+def _across(panel: axes.Axes, clients: Sequence[Outcome]) -> Callable[[Outcome], float]:
+    """Where a client stands: at the number of its training examples or, where all have as many, at its group."""
+    sizes, groups = {client.train for client in clients}, sorted({client.group for client in clients})
+    if len(sizes) == 1 < len(groups) and sizes != {0}:
+        pools = sorted({client.pool for client in clients})
+        beside = dict(zip(pools, np.linspace(-0.2, 0.2, len(pools)) if len(pools) > 1 else [0.0], strict=True))
+        names = [drawable(group, 10) for group in groups]
+        panel.set_xticks(range(len(groups)), names, rotation=90 if len(names) > 12 or max(map(len, names)) > 4 else 0)
+        panel.set_xlabel(f"group; each client has {sizes.pop():,} training examples")
+        return lambda client: groups.index(client.group) + beside[client.pool]
+    panel.set_xscale("log")
+    panel.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    panel.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
+    panel.xaxis.set_minor_formatter(ticker.NullFormatter())
+    none = " (none: 0.5)" if 0 in sizes else ""
+    panel.set_xlabel(f"training examples of the client{none}")
+    return lambda client: max(client.train, 0.5)  # a logarithmic axis has no zero
 
 
 def axis_label(metric: str) -> str:
