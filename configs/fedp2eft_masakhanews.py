@@ -61,9 +61,9 @@ What drives it (`controls`, r = 2, the same seeds), seen | unseen:
     LoRA at 3e-3                  71.8 ± 0.3 | 70.6 ± 0.5
     LoRA at 1e-2                  62.0 ± 3.5 | 60.0 ± 1.1
 
-At r = 16, where all ranks are kept, with seed 0: FedP2EFT 68.2 | 64.4, with all scales one 64.7 | 59.3, which is LoRA to
-the last client; LoRA with its scale times .7 70.1 | 66.7, and at 1e-3 in place of 3e-3 73.7 | 70.5: what FedP2EFT wins
-there is a smaller step, of which more would be better.
+At r = 16, where all ranks are kept, with seed 0: FedP2EFT 68.2 | 64.4, with all scales one 64.7 | 59.3, which is LoRA
+to the last client; LoRA with its scale times .7 70.1 | 66.7, and at 1e-3 in place of 3e-3 73.7 | 70.5: what FedP2EFT
+wins there is a smaller step, of which more would be better.
 
 What the generator reads (`constant`, `shuffled`; a federation each):
 
