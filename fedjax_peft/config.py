@@ -174,6 +174,12 @@ def complete(settings: Mapping[str, Any], defaults: Mapping[str, Any] | None = N
     return filled
 
 
+def checked(config: ConfigDict) -> ConfigDict:
+    """The config with all keys. Raises ValueError for one that no config has."""
+    check_keys(config.to_dict())
+    return ConfigDict(complete(config.to_dict()))
+
+
 def identity(config: ConfigDict) -> dict[str, Any]:
     """The keys that define an experiment: all but those of speed."""
     return {key: value for key, value in config.to_dict().items() if key != "run"}

@@ -22,7 +22,7 @@ from fedjax_peft import (
     rounds,
 )
 from fedjax_peft import ground as grounds
-from fedjax_peft.config import called, check_keys, check_numbers, complete, default_config, identity, stage_one
+from fedjax_peft.config import called, check_numbers, checked, default_config, identity, stage_one
 from fedjax_peft.data import tokenizers
 from fedjax_peft.ground import Ground
 from fedjax_peft.stage import Stage, knowing
@@ -48,8 +48,7 @@ def run(config: ConfigDict, workdir: str, begin: Callable[[str], None] = lambda 
     """
     if "study" in config:
         return _study(config, workdir)
-    check_keys(config.to_dict())
-    config = ConfigDict(complete(config.to_dict()))
+    config = checked(config)
     stages = _stages(config)
     for stage in stages:
         check_numbers(stage)
@@ -107,9 +106,7 @@ def rebuilt(workdir: epath.PathLike) -> Rebuilt:
     Raises:
       ValueError: the directory holds no finished run with clients, or the data or the model's files have changed.
     """
-    found = manifest.read(workdir)
-    if found is None or "study" in found["experiment"]:
-        raise ValueError(f"workdir {workdir} has no run whose clients could be asked")
+    found = manifest.of_clients(workdir)
     config = ConfigDict(found["experiment"] | {"run": found["run"] | {"mesh": {"clients": 1, "model": 1}}})
     first, *further = _stages(config)
     folder = _base_workdir(config, workdir)

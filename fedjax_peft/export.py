@@ -121,9 +121,7 @@ def check(run: Any, merged: bool, shapes: PyTree) -> None:
 
 def _check_folders(workdir: epath.Path, output: epath.Path, merged: bool) -> None:
     """Raises ValueError for mistakes that show before anything is loaded."""
-    found = manifest.read(workdir)
-    if found is None or "study" in found["experiment"]:
-        raise ValueError(f"workdir {workdir} has no run whose clients could be asked")
+    found = manifest.of_clients(workdir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output is {output}, expected a folder that is new or empty")
     source = found["experiment"]["model"]["source"]

