@@ -35,13 +35,13 @@ def test_methods_must_be_in_all_scenarios():
         gains.gains("ours", {"a": {"ours": 1.0}}, {"a": "a"})
 
 
-def write(folder, alpha, algorithm, seed, personal, before, *, rank=8, **data):
+def write(folder, alpha, algorithm, seed, personal, before, *, rank=8, metric="accuracy", **data):
     folder.mkdir()
     experiment = {"data": {"name": "snli", "alpha": alpha} | data, "adapter": {"rank": rank}}
     experiment |= {"algorithm": {"name": algorithm}, "seed": seed}
     metrics.write_json(folder / "manifest.json", {"experiment": experiment})
     points = {
-        name: {"clients": 2, "loss": {"mean": 1.0}, "accuracy": {"mean": value}}
+        name: {"clients": 2, "loss": {"mean": 1.0}, metric: {"mean": value}}
         for name, value in (("personal", personal), ("global", before))
     }
     metrics.write_json(folder / "summary.json", {"pools": {"seen": points}})
@@ -53,14 +53,14 @@ def test_runs_are_averaged_over_seeds_and_models_before_local_steps_are_others(t
             write(tmp_path / f"ours{alpha}{seed}", alpha, "fedamole", seed, 0.6 + 0.1 * seed, 0.9)
             write(tmp_path / f"fedit{alpha}{seed}", alpha, "fedit", seed, 0.4, 0.5)
     folders = sorted(tmp_path.iterdir())
-    scores, sets = gains.read(folders)
+    scores, sets, _ = gains.read(folders)
     assert set(scores) == set(sets) == {"alpha=0.1", "alpha=1.0"}
     assert scores["alpha=0.1"] == pytest.approx(
         {"fedamole": 0.65, "fedamole (global)": 0.9, "fedit": 0.4, "fedit (global)": 0.5}
     )
     gains.show("fedamole", folders)
     said = capsys.readouterr().out
-    assert "+30.0000 %" in said and "fedit (global)" in said
+    assert "+30.0000 %" in said and "fedit (global)" in said and "everything is of the metrics accuracy" in said
     with pytest.raises(ValueError, match="has no finished run"):
         gains.read([tmp_path / "nothing"])
 
@@ -71,7 +71,7 @@ def test_methods_of_one_run_are_its_points(tmp_path):
     seen = content["pools"]["seen"]
     seen |= {"base": seen["global"], "fedp2eft r2": seen.pop("personal"), "lora r2": seen.pop("global")}
     metrics.write_json(tmp_path / "run" / "summary.json", content)
-    scores, _ = gains.read([tmp_path / "run"])
+    scores, *_ = gains.read([tmp_path / "run"])
     assert scores == {"name=snli": {"fedp2eft r2": 0.6, "lora r2": 0.5}}
 
 
@@ -79,24 +79,39 @@ def test_how_rows_were_drawn_is_no_scenario(tmp_path):
     for run, partition in enumerate(({"partition": {"seed": 42}}, {"partition": {"seed": 62}})):
         write(tmp_path / f"ours{run}", 0.1, "fedamole", run, 0.6, 0.9, **partition)
         write(tmp_path / f"fedit{run}", 0.1, "fedit", run, 0.4, 0.5, aux=0.0, **partition)
-    scores, _ = gains.read(sorted(tmp_path.iterdir()))
+    scores, *_ = gains.read(sorted(tmp_path.iterdir()))
     assert list(scores) == ["name=snli"] and scores["name=snli"]["fedit"] == 0.4
 
 
-def test_ablations_are_not_averaged(tmp_path):
-    write(tmp_path / "a", 0.1, "fedit", 0, 0.6, 0.9)
-    write(tmp_path / "b", 0.1, "fedit", 1, 0.4, 0.5, rank=56)
-    with pytest.raises(ValueError, match="both hold fedit but differ in adapter.rank: give one of them"):
-        gains.read(sorted(tmp_path.iterdir()))
+def test_runs_of_one_algorithm_are_told_apart_by_what_differs_within_a_scenario(tmp_path):
+    for alpha in (0.1, 1.0):
+        write(tmp_path / f"ours{alpha}", alpha, "fedamole", 0, 0.8, 0.9, rank=round(10 * alpha))
+        for seed in (0, 1):
+            write(tmp_path / f"a{alpha}{seed}", alpha, "fedit", seed, 0.4 + 0.2 * seed, 0.9)
+    write(tmp_path / "b", 0.1, "fedit", 0, 0.3, 0.5, rank=61)
+    scores, *_ = gains.read(sorted(tmp_path.iterdir()))
+    points = ["fedamole", "fedit rank=8", "fedit rank=61"]
+    assert set(scores["alpha=0.1"]) == {name + end for name in points for end in ("", " (global)")}
+    assert scores["alpha=0.1"]["fedit rank=8"] == scores["alpha=1.0"]["fedit rank=8"] == pytest.approx(0.5)
+    assert "fedit rank=61" not in scores["alpha=1.0"]
 
 
-def test_one_metric_of_which_more_is_better(tmp_path):
+def test_scenarios_may_have_metrics_of_their_own(tmp_path, capsys):
+    for name, metric, ours, theirs in (("snli", "accuracy", 0.9, 0.6), ("ni", "rougeL", 0.5, 0.4)):
+        write(tmp_path / f"{name}-ours", 1.0, "fedamole", 0, ours, 0.1, metric=metric, name=name)
+        write(tmp_path / f"{name}-fedit", 1.0, "fedit", 0, theirs, 0.1, metric=metric, name=name)
+    gains.show("fedamole", sorted(tmp_path.iterdir()))
+    said = capsys.readouterr().out
+    assert "mean of the scenarios' gains: +37.5000 %; gain of the means over scenarios: +40.0000 %" in said
+    assert "everything is of the metrics accuracy, rougeL" in said
+    assert "+50.0000" in said and "+25.0000" in said
+
+
+def test_a_scenario_is_of_one_metric_of_which_more_is_better(tmp_path):
     write(tmp_path / "a", 0.1, "fedit", 0, 0.6, 0.9)
-    write(tmp_path / "b", 0.1, "fedamole", 0, 0.4, 0.5)
-    content = metrics.read_json(tmp_path / "b" / "summary.json")
-    for point in content["pools"]["seen"].values():
-        point["ter"] = point.pop("accuracy")
-    metrics.write_json(tmp_path / "b" / "summary.json", content)
-    for runs in (["b"], ["a", "b"]):
-        with pytest.raises(ValueError, match="gains are of one metric of which more is better"):
-            gains.read([tmp_path / name for name in runs])
+    write(tmp_path / "b", 0.1, "fedamole", 0, 0.4, 0.5, metric="rougeL")
+    write(tmp_path / "c", 1.0, "fedamole", 0, 0.4, 0.5, metric="ter")
+    with pytest.raises(ValueError, match="one metric a scenario, but .* are accuracy in .*a and rougeL in .*b"):
+        gains.read([tmp_path / "a", tmp_path / "b"])
+    with pytest.raises(ValueError, match="of a metric of which more is better, but that of .*c is ter"):
+        gains.read([tmp_path / "a", tmp_path / "c"])

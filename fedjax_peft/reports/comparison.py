@@ -23,20 +23,28 @@ def methods(runs: Sequence[finished.Run]) -> dict[str, list[finished.Run]]:
                 raise ValueError(f"workdirs {other.workdir} and {run.workdir} hold the same run: give one of them")
         same[key].append(run)
     experiments = [members[0].experiment for members in same.values()]
-    return {_label(members[0].experiment, experiments): members for members in same.values()}
+    rivals = collections.defaultdict(list)
+    for experiment in experiments:
+        rivals[experiment["algorithm.name"]].append(experiment)
+    labels = [label(own, differing(rivals[own["algorithm.name"]])) for own in experiments]
+    return dict(zip(labels, same.values(), strict=True))
 
 
-def _label(experiment: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
-    """The algorithm's name, and the settings in which experiments with the same algorithm differ."""
+def differing(experiments: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Dotted keys, seeds left out, of which experiments have different values."""
+    keys = set().union(*experiments) - set().union(*map(finished.seeds, experiments))
+    first = experiments[0]
+    return sorted(key for key in keys if any(other.get(key) != first.get(key) for other in experiments))
+
+
+def label(experiment: Mapping[str, Any], keys: Iterable[str]) -> str:
+    """The algorithm's name, and an experiment's values of the keys that set it apart from others with the same."""
     name = experiment["algorithm.name"]
-    rivals = [other for other in others if other["algorithm.name"] == name]
-    keys = sorted(set().union(*rivals) - set().union(*map(finished.seeds, rivals)))
-    endings = collections.Counter(key.split(".")[-1] for key in keys)
-    for key in keys:
-        # A run does not differ in arguments that it leaves to the function.
-        if key in experiment and any(rival.get(key) != experiment[key] for rival in rivals):
-            ending = key.split(".")[-1]
-            name += f" {ending if endings[ending] == 1 else key}={experiment.get(key)}"
+    endings = collections.Counter(key.split(".")[-1] for key in {*experiment, *keys})
+    # A run does not differ in arguments that it leaves to the function.
+    for key in (key for key in keys if key in experiment):
+        ending = key.split(".")[-1]
+        name += f" {ending if endings[ending] == 1 else key}={experiment[key]}"
     return name
 
 
@@ -61,7 +69,7 @@ def _over_seeds(runs: Sequence[finished.Run], pool: str) -> list[str]:
 
 
 def _cell(values: Iterable[float]) -> str:
-    """One number, or the mean of several and their standard deviation."""
+    """One number, or the mean of several and their sample deviation, n - 1 below."""
     values = list(values)
     if len(values) == 1:
         return f"{values[0]:.3f}"

@@ -2,22 +2,40 @@
 
 A scenario is what data are and how they are divided; a gain is relative, (ours - best) / best, in percent, never a
 difference of percentage points. Zhang et al., FedAMoLE, arXiv 2411.19128, give an average over scenarios without saying
-of which kind, so all are printed.
+of which kind, so all are printed. Scenarios may have metrics of their own, such as accuracies and ROUGE, which the
+averages then mix.
 """
 
 import collections
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 from flax import traverse_util
 
 from fedjax_peft import console, manifest, metrics, summaries
-from fedjax_peft.reports import finished
+from fedjax_peft.reports import comparison, finished
 
 Scores = dict[str, dict[str, float]]
 """{scenario: {method: mean over seeds of the mean over seen clients}}."""
+
+
+class Found(NamedTuple):
+    """What finished runs came to."""
+
+    scores: Scores
+    sets: dict[str, str]  # {scenario: data set}
+    metrics: dict[str, str]  # {scenario: metric}
+
+
+class _Run(NamedTuple):
+    workdir: epath.Path
+    scenario: str  # all that is said of its data
+    data: str  # set
+    settings: dict[str, Any]  # the rest of its experiment, with dotted keys
+    metric: str
+    points: dict[str, float]  # mean over seen clients
 
 
 class Gain(NamedTuple):
@@ -34,62 +52,69 @@ def show(ours: str, workdirs: Sequence[epath.PathLike]) -> None:
     """Prints gains by scenario, by data set and over all, of the clients that took part in training.
 
     Args:
-      ours: name of a method, as `algorithm.name` has it.
+      ours: name of a method: `algorithm.name`, and the settings that set it apart from others of the same algorithm.
       workdirs: finished runs of it and of others. A method's model before its last local steps is another one,
         `NAME (global)`.
 
     Raises:
       ValueError: a directory without a finished run, or scenarios that not all methods have.
     """
-    scores, sets = read(workdirs)
+    scores, sets, metric_of = read(workdirs)
     found = gains(ours, scores, sets)
-    rows = [[gain.of, gain.ours, gain.best, gain.rival, f"{gain.percent:+.2f}"] for gain in found]
+    # Four decimals, as published averages are printed.
+    rows = [[gain.of, gain.ours, gain.best, gain.rival, f"{gain.percent:+.4f}"] for gain in found]
     console.table(f"gain of {ours} over the best other method", ["", ours, "best", "which", "gain, %"], rows)
     mean = np.mean([gain.percent for gain in found[: len(scores)]])
     print(f"mean of the scenarios' gains: {mean:+.4f} %; gain of the means over scenarios: {found[-1].percent:+.4f} %")
+    print("everything is of the metrics", ", ".join(sorted(set(metric_of.values()))))
 
 
-def read(workdirs: Sequence[epath.PathLike]) -> tuple[Scores, dict[str, str]]:
-    """(scores, {scenario: data set}) of finished runs.
+def read(workdirs: Sequence[epath.PathLike]) -> Found:
+    """What the clients of finished runs came to that took part in training.
 
-    How rows were drawn and what is held out beside tests make no scenario of their own.
+    How rows were drawn and what is held out beside tests make no scenario of their own. Runs of an algorithm that
+    differ in more than seeds within a scenario, such as ablations, are methods of their own in all scenarios.
 
     Raises:
-      ValueError: a directory without a finished run, runs of several metrics or of one of which less is better, or runs
-        of a method that differ in more than that within a scenario, such as ablations, which must not be averaged.
+      ValueError: a directory without a finished run, a scenario of several metrics, or one of which less is better.
     """
+    runs = [_read(epath.Path(workdir)) for workdir in workdirs]
+    rivals = collections.defaultdict(list)
+    for run in runs:
+        rivals[run.settings["algorithm.name"], run.scenario].append(run.settings)
+    apart = collections.defaultdict(set)
+    for (name, _), settings in rivals.items():
+        apart[name].update(comparison.differing(settings))
+    short, first = _short(list(dict.fromkeys(run.scenario for run in runs))), {}
     found: dict[str, dict[str, list[float]]] = {}
-    sets, first, metrics_of = {}, {}, {}
-    for workdir in map(epath.Path, workdirs):
-        written, summary = manifest.read(workdir), metrics.read_json(workdir / "summary.json")
-        if written is None or summary is None or "pools" not in summary:
-            raise ValueError(f"workdir {workdir} has no finished run whose clients could be compared")
-        settings = traverse_util.flatten_dict(written["experiment"], sep=".")
-        data = {key: settings.pop(key) for key in sorted(settings) if key.startswith("data.")}
-        kept = [key for key in data if key != "data.aux" and key not in finished.seeds(data)]
-        scenario = ", ".join(f"{key.removeprefix('data.')}={data[key]}" for key in kept)
-        sets[scenario] = data["data.name"]
-        name = settings["algorithm.name"]
-        other, same = first.setdefault((scenario, name), (workdir, settings))
-        differ = [key for key in sorted({*settings, *same} - {"seed"}) if settings.get(key) != same.get(key)]
-        if differ:
-            raise ValueError(
-                f"workdirs {other} and {workdir} both hold {name} but differ in {differ[0]}: give one of them"
-            )
-        for point, statistics in summary["pools"]["seen"].items():
-            title = {"personal": name, "global": f"{name} (global)"}.get(point, point)
-            if point != "base":
-                metric = summaries.headline(statistics)
-                metrics_of.setdefault(metric, workdir)
-                found.setdefault(scenario, {}).setdefault(title, []).append(statistics[metric]["mean"])
-    if len(metrics_of) > 1 or set(metrics_of) & set(summaries.LESS_IS_BETTER):
-        told = ", ".join(f"{metric} in {workdir}" for metric, workdir in metrics_of.items())
-        raise ValueError(f"gains are of one metric of which more is better, but found is {told}")
-    short = _short(list(found))
-    scores = {
-        short[scenario]: {name: float(np.mean(values)) for name, values in of.items()} for scenario, of in found.items()
-    }
-    return scores, {short[scenario]: data for scenario, data in sets.items()}
+    for run in runs:
+        other = first.setdefault(run.scenario, run)
+        if run.metric != other.metric:
+            told = " and ".join(f"{one.metric} in {one.workdir}" for one in (other, run))
+            raise ValueError(f"gains are of one metric a scenario, but those of {short[run.scenario]} are {told}")
+        label = comparison.label(run.settings, sorted(apart[run.settings["algorithm.name"]]))
+        for point, value in run.points.items():
+            title = {"personal": label, "global": f"{label} (global)"}.get(point, point)
+            found.setdefault(short[run.scenario], {}).setdefault(title, []).append(value)
+    scores = {name: {method: float(np.mean(values)) for method, values in of.items()} for name, of in found.items()}
+    sets, of = ({short[scenario]: getattr(run, name) for scenario, run in first.items()} for name in ("data", "metric"))
+    return Found(scores, sets, of)
+
+
+def _read(workdir: epath.Path) -> _Run:
+    written, summary = manifest.read(workdir), metrics.read_json(workdir / "summary.json") or {}
+    points = {name: of for name, of in summary.get("pools", {}).get("seen", {}).items() if name != "base"}
+    if written is None or not points:
+        raise ValueError(f"workdir {workdir} has no finished run whose clients could be compared")
+    metric = summaries.headline(next(iter(points.values())))
+    if metric in summaries.LESS_IS_BETTER:
+        raise ValueError(f"gains are of a metric of which more is better, but that of {workdir} is {metric}")
+    settings = traverse_util.flatten_dict(written["experiment"], sep=".")
+    data = {key: settings.pop(key) for key in sorted(settings) if key.startswith("data.")}
+    kept = [key for key in data if key != "data.aux" and key not in finished.seeds(data)]
+    scenario = ", ".join(f"{key.removeprefix('data.')}={data[key]}" for key in kept)
+    means = {name: of[metric]["mean"] for name, of in points.items()}
+    return _Run(workdir, scenario, data["data.name"], settings, metric, means)
 
 
 def gains(ours: str, scores: Scores, sets: Mapping[str, str]) -> list[Gain]:

@@ -76,7 +76,7 @@ def compare(workdirs: Sequence[epath.PathLike]) -> None:
             raise ValueError(f"runs to compare need the same metric, but {a} and {b}")
     methods = comparison.methods(runs)
     several = any(len(members) > 1 for members in methods.values())
-    over = "; mean ± standard deviation over seeds" if several else ""
+    over = "; mean ± sample deviation over seeds" if several else ""
     if all(run.points == ("personal",) for run in runs):
         title = f"{_title(runs[0].metric)} of clients, personalized and (mean) before{over}"
         console.table(title, *comparison.of_methods(methods))
