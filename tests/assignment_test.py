@@ -69,6 +69,37 @@ def test_constraints_hold_at_every_site():
     np.testing.assert_array_equal(assignment.solve(scores[2:3], 2, 2, 8)[0], chosen[2])  # sites do not see each other
 
 
+def improvable(preference, chosen, least, most):
+    """[M] whether some experts could exchange clients and gain by it: a cycle of negative cost in what is left to move.
+
+    Experts lead to clients that they may choose, clients to experts that may leave them, and through one more node
+    clients with room for an expert to those that can spare one.
+    """
+    sites, experts, clients = chosen.shape
+    nodes, counts = experts + clients + 1, chosen.sum(1)
+    cost = np.full((sites, nodes, nodes), np.inf)
+    cost[:, :experts, experts:-1] = np.where(chosen, np.inf, -preference)
+    cost[:, experts:-1, :experts] = np.where(chosen, preference, np.inf).swapaxes(1, 2)
+    cost[:, experts:-1, -1] = np.where(counts < most, 0, np.inf)
+    cost[:, -1, experts:-1] = np.where(counts > least, 0, np.inf)
+    for node in range(nodes):
+        cost = np.minimum(cost, cost[:, :, node, None] + cost[:, node, None])
+    return np.einsum("mnn->mn", cost).min(-1) < -1e-6
+
+
+def test_the_largest_published_federation_is_solved_exactly():
+    """32 sites of 30 experts, each held by four of 50 clients."""
+    scores = 3 * np.random.default_rng(3).normal(size=(32, 30, 50))
+    # Clients that everybody wants and that nobody wants, so that both bounds bind.
+    scores += np.linspace(-3, 3, 50)
+    bounds = assignment.bounds(experts=30, clients=50, choices=4, least=2, most=8)
+    chosen = assignment.solve(scores, 4, *bounds)
+    np.testing.assert_array_equal(chosen.sum(-1), 4)
+    assert (chosen.sum(1).min(), chosen.sum(1).max()) == bounds == (2, 8)
+    assert not improvable(preferences(scores), chosen, *bounds).any()
+    assert improvable(preferences(scores), np.roll(chosen, 1, axis=2), *bounds).all()
+
+
 def test_shifted_rows_and_permuted_clients():
     shifted = TILTED + np.array([3.0, -50.0, 700.0, 0.0, 1.0, -2.0])[:, None]
     np.testing.assert_array_equal(solved(shifted), solved(TILTED))
