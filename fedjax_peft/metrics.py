@@ -1,9 +1,12 @@
 """What a run leaves for people and programs to read: JSON lines, parquet tables and JSON files, always whole.
 
+JSON has no numbers that are not finite, so they are written as null.
+
 Of several processes the first one writes; what the others want to write is what it writes.
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,13 +20,14 @@ from fedjax_peft import processes
 
 def write_json(path: epath.PathLike, content: Mapping[str, Any]) -> None:
     """Replaces a file at once, so that a killed process leaves the old or the new one."""
-    _replace(path, json.dumps(content, indent=2, default=_plain) + "\n")
+    _replace(path, _json(content, indent=2) + "\n")
 
 
 def read_json(path: epath.PathLike) -> dict[str, Any] | None:
-    """The content of a file, or None if it does not exist."""
+    """The content of a file, or None if it does not exist. In the statistics of `pools`, null is NaN again."""
     path = epath.Path(path)
-    return json.loads(path.read_text()) if path.exists() else None
+    content = json.loads(path.read_text()) if path.exists() else None
+    return content | {"pools": _numbers(content["pools"])} if content and "pools" in content else content
 
 
 def appends(path: epath.PathLike) -> bool:
@@ -35,7 +39,7 @@ def append_lines(path: epath.PathLike, records: Iterable[Mapping[str, Any]]) -> 
     """Adds JSON objects, a line each; in an object store the file is replaced by one with these lines at its end."""
     if not processes.first():
         return
-    path, text = epath.Path(path), "".join(json.dumps(record, default=_plain) + "\n" for record in records)
+    path, text = epath.Path(path), "".join(_json(record) + "\n" for record in records)
     if not appends(path):
         return _replace(path, (path.read_text() if path.exists() else "") + text)
     with path.open("a") as file:
@@ -88,6 +92,25 @@ def _replace(path, text):
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     temporary.replace(path)
+
+
+def _json(content, **form):
+    return json.dumps(_finite(content), allow_nan=False, **form)
+
+
+def _finite(value):
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    value = _plain(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(value):
+    if isinstance(value, Mapping):
+        return {key: _numbers(part) for key, part in value.items()}
+    return math.nan if value is None else value
 
 
 def _plain(value):

@@ -1,5 +1,7 @@
 """What is learnt and how it is judged, example by example.
 
+Outputs that are not finite choose nothing: whatever their example asks for, it counts as wrong.
+
 B examples   T tokens   K classes   P tokens of an answer   V tokens of the vocabulary
 """
 
@@ -31,12 +33,15 @@ def classification(*, mcc: bool = False, dtype: str = "float32") -> Task:
         return optax.softmax_cross_entropy_with_integer_labels(read, labels).astype(logits.dtype)
 
     def metrics(logits, labels):
+        classes = logits.shape[-1]
+        predicted = jnp.where(_finite(logits), jnp.argmax(logits, -1), classes)
         values = {
             "loss": loss(logits, labels),
-            "accuracy": (jnp.argmax(logits, -1) == labels).astype(jnp.float32),
+            "accuracy": (predicted == labels).astype(jnp.float32),
         }
         if mcc:
-            true, predicted = (jax.nn.one_hot(x, logits.shape[-1]) for x in (labels, jnp.argmax(logits, -1)))
+            # No answer is one more class, which no example has.
+            true, predicted = (jax.nn.one_hot(x, classes + 1) for x in (labels, predicted))
             values["confusion"] = true[:, :, None] * predicted[:, None, :]
         return values
 
@@ -89,7 +94,7 @@ def span(*, score: Callable | None = None, max_answer: int = 30) -> Task:
         return {"loss": means["loss"], **{name: means[name] / means["questions"] for name in ("f1", "exact_match")}}
 
     task = Task(loss, lambda outputs, labels: {"loss": loss(outputs, labels)})
-    return task if score is None else task._replace(predict=predict, score=score, derived=derived)
+    return task if score is None else task._replace(predict=predict, score=_strict(score), derived=derived)
 
 
 def causal(*, judge: Callable | None = None, average: str = "tokens", smoothing: float = 0.0) -> Task:
@@ -126,7 +131,7 @@ def causal(*, judge: Callable | None = None, average: str = "tokens", smoothing:
 
     def metrics(outputs, labels):
         targets = _targets(outputs, labels)
-        right = jnp.argmax(outputs, -1) == targets
+        right = (jnp.argmax(outputs, -1) == targets) & _finite(outputs)
         return {
             "loss": _answer_loss(outputs, labels),
             "token_accuracy": jnp.sum(right, 1) / jnp.maximum(jnp.sum(targets >= 0, 1), 1),
@@ -155,7 +160,30 @@ def choice(score: Callable) -> Task:
     def derived(means):
         return {name: means[name] / means["questions"] for name in ("loss", "accuracy")}
 
-    return Task(causal().loss, lambda outputs, labels: {}, predict, score, derived)
+    return Task(causal().loss, lambda outputs, labels: {}, predict, _strict(score), derived)
+
+
+def _finite(logits: jax.Array) -> jax.Array:
+    """[..] whether the largest of logits [.., K] is a number: one that is none would win."""
+    return jnp.isfinite(jnp.max(logits, -1))
+
+
+def _strict(score: Callable) -> Callable:
+    """The scorer of questions, which have rows one after the other, where one with a broken prediction is wrong."""
+
+    def strict(rows, predictions):
+        values = score(rows, predictions)
+        broken = ~np.all([np.isfinite(value) for value in predictions.values()], axis=0)
+        if not broken.any():
+            return values
+        # What is said of a question stands at its first row.
+        order = np.argsort(rows, kind="stable")
+        question = np.cumsum(values["questions"][order])
+        right = np.ones(len(rows))
+        right[order] = ~np.isin(question, question[broken[order]])
+        return {name: own if name in ("loss", "questions") else own * right for name, own in values.items()}
+
+    return strict
 
 
 def _targets(outputs, labels):

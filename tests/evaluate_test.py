@@ -73,7 +73,7 @@ def test_what_is_derived_is_pooled_over_predictions_not_over_clients(store):
     task = tasks.classification(mcc=True)
     plain = scores(store, chunk=2, pack=3, ids=range(CLIENTS))[0]
     result, model, base = scores(store, chunk=2, pack=3, ids=range(CLIENTS), task=task)
-    assert list(result.metrics) == ["loss", "mcc", "accuracy"] and result.means["confusion"].shape == (CLIENTS, 3, 3)
+    assert list(result.metrics) == ["loss", "mcc", "accuracy"] and result.means["confusion"].shape == (CLIENTS, 4, 4)
     for name, values in plain.metrics.items():
         np.testing.assert_array_equal(result.metrics[name], values)
 

@@ -30,6 +30,21 @@ def test_json_is_replaced_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
 
 
+def test_what_is_no_number_is_null_and_comes_back_in_statistics(tmp_path):
+    def refused(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    summary = {"rounds": 2, "pools": {"seen": {"base": {"clients": 1, "loss": {"mean": np.nan, "groups": {"a": 0.5}}}}}}
+    metrics.write_json(tmp_path / "summary.json", summary)
+    assert json.loads((tmp_path / "summary.json").read_text(), parse_constant=refused)["rounds"] == 2
+    loss = metrics.read_json(tmp_path / "summary.json")["pools"]["seen"]["base"]["loss"]
+    assert np.isnan(loss["mean"]) and loss["groups"] == {"a": 0.5}
+    metrics.write_json(tmp_path / "manifest.json", {"run": {"chunk": None, "rate": np.float32("inf"), "names": ("a",)}})
+    assert metrics.read_json(tmp_path / "manifest.json") == {"run": {"chunk": None, "rate": None, "names": ["a"]}}
+    metrics.append_lines(tmp_path / "rounds.jsonl", [{"round": 0, "loss": np.float32("nan")}])
+    assert (tmp_path / "rounds.jsonl").read_text() == '{"round": 0, "loss": null}\n'
+
+
 def test_rows_of_rounds_that_are_done_again_are_replaced(tmp_path):
     path = tmp_path / "clients.parquet"
     metrics.merge_rows(path, [{"round": 0, "point": "global", "loss": loss} for loss in (3.0, 2.0)], 0)

@@ -59,10 +59,59 @@ def test_classification_reports_what_is_asked_for():
     plain, task = tasks.classification(), tasks.classification(mcc=True)
     values = task.metrics(logits, labels)
     assert list(plain.metrics(logits, labels)) == ["loss", "accuracy"] and plain.derived is None
-    np.testing.assert_array_equal(values["confusion"].sum(0), [[1, 0], [1, 1]])
+    np.testing.assert_array_equal(values["confusion"].sum(0), [[1, 0, 0], [1, 1, 0], [0, 0, 0]])
     reported = task.derived({name: np.asarray(value).mean(0) for name, value in values.items()})
     assert list(reported) == ["loss", "mcc", "accuracy"]
     assert reported["mcc"] == pytest.approx(0.5) and reported["accuracy"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_what_is_no_number_chooses_nothing(broken):
+    """Class 0 and token 0 are what an argmax over NaN would say."""
+    logits = jnp.array([[2.0, 0.0], [broken, 0.0], [0.0, 3.0], [0.0, broken]])
+    labels = jnp.array([0, 0, 1, 1])
+    task = tasks.classification(mcc=True)
+    means = {name: np.asarray(value).mean(0) for name, value in task.metrics(logits, labels).items()}
+    assert means["accuracy"] == 0.5 and means["confusion"].sum() == 1
+    # Half of each class is right, the rest is a class of its own.
+    expected = of_counts(np.array([0, 0, 1, 1]), np.array([0, 2, 1, 2]), 3)
+    assert task.derived(means)["mcc"] == pytest.approx(expected)
+    nothing = tasks.classification(mcc=True).metrics(jnp.full((3, 2), broken), jnp.zeros(3, jnp.int32))
+    assert nothing["accuracy"].sum() == 0 and tasks.matthews(np.asarray(nothing["confusion"]).mean(0)) == 0
+    outputs = jnp.array([[[2.0, 0.0], [broken, 0.0]]])
+    found = tasks.causal().metrics(outputs, {"targets": jnp.array([[0, 0]])})
+    assert found["token_accuracy"].tolist() == [0.5] and found["exact"].tolist() == [0.0]
+
+
+def test_a_minus_infinity_is_a_class_that_is_ruled_out():
+    logits = jnp.array([[2.0, -jnp.inf], [-jnp.inf, 1.0]])
+    assert tasks.classification().metrics(logits, jnp.array([0, 1]))["accuracy"].tolist() == [1.0, 1.0]
+
+
+def test_a_question_with_a_prediction_that_is_no_number_is_wrong():
+    questions, gold = np.repeat(np.arange(4), 2), np.tile([True, False], 4)
+    task = tasks.choice(instructions.chooser(questions, gold))
+    losses, rows = np.array([0.1, 0.2, np.nan, np.nan, 0.1, np.nan, 0.2, 0.1]), np.arange(8)
+    order = np.random.default_rng(0).permutation(8)
+    for taken in (rows, order):
+        values = task.score(taken, {"loss": losses[taken]})
+        right = {
+            int(questions[row]): value for row, value in zip(taken, values["accuracy"], strict=True) if row % 2 == 0
+        }
+        assert right == {0: 1, 1: 0, 2: 0, 3: 0} and values["questions"].sum() == 4
+    assert np.isnan(task.score(rows, {"loss": losses})["loss"][2])
+
+
+def test_a_span_that_is_no_number_is_wrong():
+    def score(rows, predictions):
+        return {name: np.ones(len(rows)) for name in ("f1", "exact_match", "questions")}
+
+    task = tasks.span(score=score)
+    outputs = jnp.zeros((3, 4, 2)).at[1, 2, 0].set(jnp.nan).at[2, 0, 1].set(jnp.nan)
+    labels = {"context": jnp.array([[1, 4]] * 3), "span": jnp.array([[1, 1]] * 3)}
+    values = task.score(np.arange(3), jax.tree.map(np.asarray, task.predict(outputs, labels)))
+    assert values["f1"].tolist() == values["exact_match"].tolist() == [1, 0, 0]
+    assert values["questions"].tolist() == [1, 1, 1]
 
 
 def answers(counts=(3, 1, 4, 2), longest=6, vocabulary=11, seed=0):
