@@ -1,8 +1,8 @@
 """Activation statistics of a client's texts: mean and deviation of the input of every Linear of the base.
 
 FedP2EFT (Lee et al., arXiv 2502.04387) describes a client by them. They are pooled over all elements of an input,
-examples x tokens x features, so a Linear gives two numbers. A head that is tied to the embedding is none: of Llama 3.2,
-where the published code counts it, 196 Linears are left of 197.
+examples x tokens x features, so a Linear gives two numbers. A head of next tokens is one, whether it has weights of its
+own or is tied to the embedding.
 """
 
 from collections.abc import Sequence
@@ -80,8 +80,10 @@ def size(model: Model) -> int:
 
 
 def _kernels(model: Model) -> list:
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    return [(site.path, site.params["kernel"]) for site in adapters.sites(shapes) if site.is_dense]
+    sites = adapters.sites(jax.eval_shape(model.init, jax.random.key(0)))
+    kernels = [(site.path, site.params["kernel"]) for site in sites if site.is_dense]
+    tables = [(site.path, site.params["embedding"]) for site in sites if site.path == model.tied]
+    return kernels + [(path, jax.ShapeDtypeStruct(table.shape[::-1], table.dtype)) for path, table in tables]
 
 
 def _order(kernels: list) -> np.ndarray:

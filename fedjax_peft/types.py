@@ -32,12 +32,15 @@ class Model(NamedTuple):
     logits are wanted. Without a key there is no dropout."""
     taps: Callable[..., PyTree]
     """(base, adapters, inputs, key=None) -> (outputs, tree over sites). A Dense leaves the moments of its input, `mean`
-    and `square`, both [.., B, T], averaged over features, and what its adapter's `tap` says, if it has one."""
+    and `square`, both [.., B, T], averaged over features, and what its adapter's `tap` says, if it has one; a table
+    that is also the head leaves those of the head's input."""
     init_cache: Callable[[int, int], PyTree] | None = None
     """(B, slots) -> an empty cache for texts of up to that many tokens, padding included. Causal models have one."""
     decode: Callable[..., tuple[PyTree, PyTree]] | None = None
     """(base, adapters, cache, inputs) -> (logits [B, T, V], cache): `apply` to T further tokens of each row. The cache
     does not know when it is full: the caller counts."""
+    tied: tuple[str, ...] = ()
+    """Path of the table of words whose rows are also the columns of the head; () where a head has its own or none."""
 
 
 class Task(NamedTuple):
@@ -114,3 +117,5 @@ class Algorithm(NamedTuple):
     """(client) -> adapters that belong to this client's own base in a further stage; None if bases do not differ."""
     host_step: Callable[[PyTree], PyTree] | None = None
     """(server) -> server, on the host before the first round and after each."""
+    budgets: bool = False
+    """Whether `personalize` reads `constants["budget"]`: a config that gives budgets to another method is refused."""

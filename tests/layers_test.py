@@ -70,6 +70,16 @@ def test_taps_hold_moments_over_features_and_only_on_request():
     assert "reduce_sum" not in str(plain)
 
 
+def test_a_table_as_a_head_holds_moments_of_what_the_head_reads():
+    layer, params, ids = case("embed")
+    x = jax.random.normal(jax.random.key(4), (2, 3, FEATURES))
+    y, state = layer.apply({"params": params}, x, method="attend", mutable=["taps"])
+    np.testing.assert_allclose(state["taps"]["mean"], np.mean(x, -1), rtol=1e-6)
+    np.testing.assert_allclose(state["taps"]["square"], np.mean(np.square(x), -1), rtol=1e-6)
+    np.testing.assert_array_equal(y, layer.apply({"params": params}, x, method="attend"))
+    assert not layer.apply({"params": params}, ids, mutable=["taps"])[1]
+
+
 @struct.dataclass
 class Tapped:
     """An adapter that has something to say of its input."""

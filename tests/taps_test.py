@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fedjax_peft import adapters, ranks, taps
+from fedjax_peft.algorithms import fedp2eft
 from fedjax_peft.models import bert, gpt2, llama
 
 CONFIG = {"model_type": "bert", "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -61,23 +62,27 @@ LLAMA |= {"num_attention_heads": 24, "num_key_value_heads": 8, "intermediate_siz
 LLAMA |= {"max_position_embeddings": 131_072, "tie_word_embeddings": True}
 GPT2 = {"model_type": "gpt2", "vocab_size": 50_257, "n_embd": 1024, "n_layer": 24, "n_head": 16, "n_positions": 1024}
 EVERY = {"targets": "all-linear", "head": "lora"}
-PUBLISHED = {  # model, its adapters, sites J, Linears, LoRA parameters of a rank
-    "mBERT, 3 classes": (lambda: bert.bert(MBERT, labels=3, pool="pooler"), EVERY, 74, 74, 168_195),
-    "mBERT, 7 classes": (lambda: bert.bert(MBERT, labels=7, pool="pooler"), EVERY, 74, 74, 168_199),
-    "MobileLLaMA-1.4B": (lambda: llama.llama(MOBILE), EVERY, 168, 169, 946_176),
-    "Llama-3.2-3B": (lambda: llama.llama(LLAMA), EVERY, 196, 196, 1_519_616),
-    "GPT-2 Medium": (lambda: gpt2.gpt2(GPT2), {"targets": "c_attn"}, 24, 96, 98_304),
+PUBLISHED = {  # model, its adapters, sites J, Linears, LoRA parameters of a rank, those of a generator of 32 ranks
+    "mBERT, 3 classes": (lambda: bert.bert(MBERT, labels=3, pool="pooler"), EVERY, 74, 74, 168_195, 747_401),
+    "mBERT, 7 classes": (lambda: bert.bert(MBERT, labels=7, pool="pooler"), EVERY, 74, 74, 168_199, 747_401),
+    "MobileLLaMA-1.4B": (lambda: llama.llama(MOBILE), EVERY, 168, 169, 946_176, 3_868_717),
+    "Llama-3.2-3B": (lambda: llama.llama(LLAMA), EVERY, 196, 197, 1_519_616, 5_259_869),
+    "GPT-2 Medium": (lambda: gpt2.gpt2(GPT2), {"targets": "c_attn"}, 24, 97, 98_304, 374_413),
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models_have_the_published_sites(name):
-    build, targets, sites, linears, parameters = PUBLISHED[name]
+    build, targets, sites, linears, parameters, generator = PUBLISHED[name]
     model = build()
     init = functools.partial(adapters.init, shapes=jax.eval_shape(model.init, jax.random.key(0)), rank=1, **targets)
     assert ranks.layout(ranks.concrete(init)).sites == sites
     assert adapters.count(jax.eval_shape(init, jax.random.key(0))) == parameters
     assert taps.size(model) == 2 * linears
+    psg = jax.eval_shape(
+        lambda: fedp2eft.make_psg(jax.random.key(0), taps.size(model), 2 * taps.size(model), sites * 32)
+    )
+    assert sum(leaf.size for leaf in jax.tree.leaves(psg)) == generator
 
 
 def test_a_head_that_gives_tokens_is_read_but_has_no_adapter():
@@ -89,6 +94,18 @@ def test_a_head_that_gives_tokens_is_read_but_has_no_adapter():
     assert sizes == [tokens * decoder.WIDTH, tokens * decoder.INNER] and found[-1, 0] == sizes[0]
     init = functools.partial(adapters.init, shapes=base, rank=2, **EVERY)
     assert ranks.layout(ranks.concrete(init)).sites == 7 * decoder.LAYERS
+
+
+@pytest.mark.parametrize(("make", "config"), [(llama.llama, decoder.config()), (gpt2.gpt2, decoder.config("gpt2"))])
+def test_a_tied_head_is_read_like_one_of_its_own(make, config):
+    tied, loose = (make(config | {"tie_word_embeddings": tie}) for tie in (True, False))
+    base = loose.init(jax.random.key(0))
+    own = {name: part for name, part in base.items() if name != "lm_head"}
+    assert taps.size(tied) == taps.size(loose) and make(config, head="classification", labels=2).tied == ()
+    found = [
+        taps.moments(model, params, decoder.inputs(), jnp.ones(3)) for model, params in ((tied, own), (loose, base))
+    ]
+    np.testing.assert_allclose(*found, rtol=1e-6)
 
 
 def test_statistics_are_those_of_the_whole_input():

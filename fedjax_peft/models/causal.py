@@ -148,12 +148,13 @@ def check(labels: int, pool: str, head: str, dropout: float) -> None:
     layers.check_head(head, HEADS, labels, dropout)
 
 
-def model(whole: Network, cache: tuple[int, int, int]) -> Model:
+def model(whole: Network, cache: tuple[int, int, int], words: str) -> Model:
     """The functions of a network; a classifier has none of decoding.
 
     Args:
       whole: the network.
       cache: L, heads of keys, D.
+      words: name of the decoder's table of words.
     """
     settings = whole.settings
 
@@ -166,8 +167,10 @@ def model(whole: Network, cache: tuple[int, int, int]) -> Model:
     def decode(base, adapters, cache: PyTree, inputs):
         return whole.apply({"params": base, "adapters": adapters}, inputs, cache)
 
-    decoding = (init_cache, decode) if whole.head == "lm" else ()
-    return Model(*network.functions(whole, settings.positions), *decoding)
+    functions = network.functions(whole, settings.positions)
+    if whole.head != "lm":
+        return Model(*functions)
+    return Model(*functions, init_cache, decode, tied=(whole.trunk, words) if settings.tied else ())
 
 
 def _bias(seen: Array) -> Array:

@@ -80,7 +80,7 @@ def gpt2(
     causal.check(labels, pool, head, dropout)
     s = settings(config, dropout, dtype, scan, remat)
     cache = (s.layers, s.heads, s.width // s.heads)
-    return causal.model(causal.Network(s, labels, head, Decoder, "transformer"), cache)
+    return causal.model(causal.Network(s, labels, head, Decoder, "transformer"), cache, "wte")
 
 
 def settings(config: Mapping[str, Any], dropout: float, dtype: Any, scan: bool, remat: bool) -> Settings:

@@ -41,9 +41,7 @@ class Dense(nn.Module):
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.normal(self.stddev), shape, self.param_dtype)
         if self.is_mutable_collection("taps"):
-            wide = x.astype(jnp.float32)
-            self.put_variable("taps", "mean", jnp.mean(wide, -1))
-            self.put_variable("taps", "square", jnp.mean(jnp.square(wide), -1))
+            _put_moments(self, x)
             delta = self.get_variable("adapters", "delta") if self.has_variable("adapters", "delta") else None
             for name, value in delta.tap(x.astype(self.dtype)).items() if hasattr(delta, "tap") else ():
                 self.put_variable("taps", name, value)
@@ -72,7 +70,9 @@ class Embed(nn.Module):
 
     def attend(self, x: Array) -> Array:
         """Products with every row, deltas of rows included, as a head that is tied to the table: [.., D] -> [.., V]
-        float32."""
+        float32. It leaves the taps of a Dense."""
+        if self.is_mutable_collection("taps"):
+            _put_moments(self, x)
         contract = (((x.ndim - 1,), (1,)), ((), ()))
         table = self.embedding.astype(self.dtype)
         y = jax.lax.dot_general(x.astype(self.dtype), table, contract, preferred_element_type=jnp.float32)
@@ -143,6 +143,12 @@ def check_head(head: str, known: Collection[str], labels: int, dropout: float) -
         raise ValueError(f"labels is {labels}, expected at least 1")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}, expected at least 0 and below 1")
+
+
+def _put_moments(module: nn.Module, x: Array) -> None:
+    wide = x.astype(jnp.float32)
+    module.put_variable("taps", "mean", jnp.mean(wide, -1))
+    module.put_variable("taps", "square", jnp.mean(jnp.square(wide), -1))
 
 
 def _with_delta(module: nn.Module, x: Array, y: Array) -> Array:

@@ -99,7 +99,7 @@ def llama(
     """
     causal.check(labels, pool, head, dropout)
     s = settings(config, dropout, dtype, scan, remat)
-    return causal.model(causal.Network(s, labels, head, Decoder, "model"), (s.layers, s.shared, s.size))
+    return causal.model(causal.Network(s, labels, head, Decoder, "model"), (s.layers, s.shared, s.size), "embed_tokens")
 
 
 def settings(config: Mapping[str, Any], dropout: float, dtype: Any, scan: bool, remat: bool) -> Settings:
