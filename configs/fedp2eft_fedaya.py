@@ -42,22 +42,26 @@ def get_config(variant: str = ""):
     config.train.epochs = config.personalize.epochs = 2
     config.train.batch = config.personalize.batch = 16
     config.model.dtype = "bfloat16"
-    if variant == "llama":
-        config.model.source = "meta-llama/Llama-3.2-3B-Instruct"
-        config.data.template = "chat"
-    else:
-        config.model.source = "mtgv/MobileLLaMA-1.4B-Base"
-        config.base = {"name": "fedit", "seed": 42, "rounds": 200, "cohort": 3}
-        config.base.adapter = {"targets": "all-linear", "rank": 16, "alpha": 32.0, "dropout": 0.05}
-        config.base.optimizer = {"learning_rate": 2e-5, "clip": 1.0}
-        config.base.schedule = {"name": "annealed", "end": 0.05}  # from 2e-5 to 1e-6
-        config.base.train = {"steps": 10, "batch": 16}
-    if variant == "small":
-        _small(config)
+    VARIANTS[variant](config)
     return config
 
 
+def _llama(config):
+    config.model.source = "meta-llama/Llama-3.2-3B-Instruct"
+    config.data.template = "chat"
+
+
+def _mobile(config):
+    config.model.source = "mtgv/MobileLLaMA-1.4B-Base"
+    config.base = {"name": "fedit", "seed": 42, "rounds": 200, "cohort": 3}
+    config.base.adapter = {"targets": "all-linear", "rank": 16, "alpha": 32.0, "dropout": 0.05}
+    config.base.optimizer = {"learning_rate": 2e-5, "clip": 1.0}
+    config.base.schedule = {"name": "annealed", "end": 0.05}  # from 2e-5 to 1e-6
+    config.base.train = {"steps": 10, "batch": 16}
+
+
 def _small(config):
+    _mobile(config)
     config.model.source = "smollm2"
     config.model.dtype = "float32"
     config.max_length = 128
@@ -77,3 +81,6 @@ def _small(config):
     config.evaluate.generate = 32
     config.run.scan = True
     config.run.chunk = 3
+
+
+VARIANTS = {"": _mobile, "llama": _llama, "small": _small}

@@ -15,6 +15,7 @@ train and test splits; the published one joins train and validation first. Varia
 from fedjax_peft import experiment
 
 LANGUAGES = ("ibo", "lin", "lug", "orm", "pcm", "run", "sna", "som", "xho", "yor")
+VARIANTS = {"": LANGUAGES, "small": LANGUAGES[:3]}
 
 
 def get_config(variant: str = ""):
@@ -24,7 +25,7 @@ def get_config(variant: str = ""):
     config.max_length = 128
     config.data.name = "table"
     config.data.source = "masakhane/masakhanews"
-    config.data.configs = LANGUAGES[:3] if variant == "small" else LANGUAGES
+    config.data.configs = VARIANTS[variant]
     config.data.text = "headline_text"
     config.data.partition = {
         "name": "by_column_dirichlet",

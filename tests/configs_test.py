@@ -35,6 +35,13 @@ def test_a_config_loads_and_has_a_page(path):
     assert (config.train.steps is None) != (config.train.epochs is None)
 
 
+@pytest.mark.parametrize("name", ["fedp2eft_fedaya", "fedp2eft_masakhanews", "fedp2eft_xnli", "masakhanews"])
+def test_a_variant_that_is_not_there_is_refused(name):
+    module = load(next(path for path in CONFIGS if path.stem == name))
+    with pytest.raises(KeyError, match="smal"):
+        module.get_config("smal")
+
+
 # What papers and their code say of the studies that stand in configs: dotted keys and their values.
 STAGE_TWO = {
     "seed": 42,
