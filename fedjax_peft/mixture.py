@@ -79,13 +79,13 @@ class Mixture:
         raise ValueError("a mixture of experts depends on its input: it cannot be merged into the weights of a site")
 
     def _route(self, tokens: Array) -> "_Route":
-        # The products are those of the base's type, what is made of them is float32: gates are close to each other.
+        # Factors have the base's type, sums are float32 and never rounded to it: gates are close to each other, and
+        # embeddings are means of queries and keys.
         keys = self._keys(tokens)
         if self.router is None:
-            query = None
-            logits = jnp.einsum("nd,ud->nu", tokens, self.rows.astype(tokens.dtype)).astype(jnp.float32)
+            query, logits = None, _product("nd,ud->nu", tokens, self.rows)
         else:
-            query = (tokens @ self.router.astype(tokens.dtype)).astype(jnp.float32)
+            query = _product("nd,dr->nr", tokens, self.router)
             logits = jnp.einsum("nur,nr->nu", keys, query) / keys.shape[-1] ** 0.5
         logits = jnp.where(self.held[None] > 0, logits, MASKED)
         order = jax.lax.top_k(jax.lax.stop_gradient(logits), self.top_k)[1]
@@ -93,7 +93,7 @@ class Mixture:
         return _Route(logits, order, chosen, query, keys)
 
     def _keys(self, tokens: Array) -> Array:
-        return jnp.einsum("nd,udr->nur", tokens, self.a.astype(tokens.dtype)).astype(jnp.float32)
+        return _product("nd,udr->nur", tokens, self.a)
 
     def _hidden_of_dropped(self, x: Array, gates: Array, order: Array, key: Array) -> Array:
         # Each expert of a token drops inputs of its own, and routing sees all of them. Of the U slots k are in use, so
@@ -104,6 +104,10 @@ class Mixture:
             own = gates * jax.nn.one_hot(order[:, place], gates.shape[-1], dtype=jnp.float32)
             hidden = hidden + own[..., None] * self._keys(tokens)
         return hidden
+
+
+def _product(axes: str, tokens: Array, weights: Array) -> Array:
+    return jnp.einsum(axes, tokens, weights.astype(tokens.dtype), preferred_element_type=jnp.float32)
 
 
 class _Route(NamedTuple):
@@ -175,6 +179,24 @@ def bank(lora: LoRA, draws: Array, experts: int, *, top_k: int, linear: bool) ->
         top_k=top_k,
         dropout=lora.dropout,
     )
+
+
+class Sizes(NamedTuple):
+    """Numbers at one site, a layer of a stack counting by itself."""
+
+    expert: int  # parameters of one expert
+    common: int  # those of the shared expert and the router
+    query: int  # Q
+
+
+def sizes(whole: Mixture) -> Sizes:
+    """What a mixture consists of, also if there is nothing but its shapes."""
+    experts, layers = whole.held.size, whole.held.size // whole.held.shape[-1]
+    shared = () if whole.shared is None else (whole.shared.a, whole.shared.b)
+    counts = [sum(leaf.size for leaf in jax.tree.leaves(own)) for own in ((whole.a, whole.b, whole.rows), shared)]
+    inputs, rank = whole.a.shape[-2:]
+    query, router = (inputs, 0) if whole.router is None else (rank, inputs * rank)
+    return Sizes(counts[0] // experts, counts[1] // layers + router, query)
 
 
 def gather(whole: Mixture, ids: Array) -> Mixture:

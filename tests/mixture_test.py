@@ -154,6 +154,22 @@ def test_mean_of_products_is_the_product_of_the_mean():
     np.testing.assert_allclose(keys, np.einsum("d,edr->er", mean, A[:-1]), rtol=1e-5, atol=1e-6)
 
 
+def test_taps_of_a_base_of_sixteen_bits_are_not_rounded_to_it():
+    node, x = known(), jnp.asarray(X, jnp.bfloat16)
+    tap, wide = tapped(node, x), np.asarray(x, np.float32)
+
+    def rounded(leaf):
+        return np.asarray(jnp.asarray(leaf, jnp.bfloat16), np.float32)
+
+    np.testing.assert_allclose(tap["query"], wide @ rounded(W), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(tap["keys"], np.einsum("td,edr->ter", wide, rounded(A[:-1])), rtol=1e-5, atol=1e-6)
+    linear = known(router=None, rows=jnp.asarray(A[:-1, :, 0]))
+    logits = wide @ rounded(A[:-1, :, 0]).T
+    expected = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(tapped(linear, x)["probabilities"], expected, rtol=1e-5)
+    assert call(node, x).dtype == jnp.bfloat16
+
+
 def test_a_linear_router_has_a_row_for_each_expert():
     rows = np.random.default_rng(0).normal(size=(EXPERTS, D)).astype(np.float32)
     node = known(router=None, rows=jnp.asarray(rows))

@@ -57,20 +57,24 @@ class Noise(NamedTuple):
 
 
 class Embeddings(NamedTuple):
-    """Trees over sites."""
+    """Trees over sites; zeros of a client without a single token to be embedded by."""
 
     client: PyTree  # [.., Q]
     experts: PyTree  # [.., U, Q]; None where the router is linear, whose rows are the embeddings
 
 
-def check_noise(noise: Noise) -> None:
-    """Raises ValueError for a mechanism that there is not."""
+def check_noise(noise: Noise, assign: str) -> None:
+    """Raises ValueError for a mechanism that there is not, or noise that nothing would have."""
     if noise.kind not in NOISES:
         raise ValueError(f"algorithm.dp is {noise.kind!r}, expected one of {', '.join(NOISES)}")
     for name in ("eta", "clip", "cap"):
         value = getattr(noise, name)
         if value is not None and not value > 0:
             raise ValueError(f"algorithm.dp_{name} is {value}, expected a positive number")
+    if noise.kind != "off" and assign != "data":
+        raise ValueError(f"algorithm.dp is {noise.kind!r}, but no embeddings are sent with algorithm.assign {assign!r}")
+    if noise.kind == "off" and noise.eta != Noise().eta:
+        raise ValueError(f"algorithm.dp_eta is {noise.eta}, but algorithm.dp is 'off', expected corrected or reference")
     if noise.kind != "corrected" and (noise.clip, noise.cap) != (None, None):
         raise ValueError(f"algorithm.dp_clip and dp_cap belong to dp 'corrected', not to {noise.kind!r}")
 
@@ -79,6 +83,8 @@ def embed(
     model: Model, base: PyTree, adapters: PyTree, batches: Batches, key: Array, *, mask_padding: bool, noise: Noise
 ) -> Embeddings:
     """The embeddings of one client and of the experts that it holds.
+
+    They cost a forward pass: a token half as much, at most, as in a step of training.
 
     Args:
       adapters: of the client, tuned; sites with mixtures are embedded.
@@ -150,7 +156,13 @@ def _released(kind: _Sum, tokens: Array, key: Array, noise: Noise) -> Array:
     mean = kind.total / jnp.maximum(tokens, 1.0)
     if noise.kind == "off":
         return mean
-    return noised(mean, key, noise, kind.longest)
+    return jnp.where(tokens > 0, noised(mean, key, noise, kind.longest), 0.0)
+
+
+def spoke(found: Embeddings) -> Array:
+    """[C] bool: clients that were embedded, of embeddings [C, ..]; nothing but zeros says nothing."""
+    said = [jnp.any(leaf != 0, axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(found.client)]
+    return functools.reduce(jnp.logical_or, said)
 
 
 def noised(vector: Array, key: Array, noise: Noise, longest: Array | None = None) -> Array:

@@ -14,6 +14,7 @@ scores with each expert as the embedded ones do on average. The published method
 last of its R rounds, which is not aggregated, is the personalization here, so that R - 1 rounds give its result.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -68,6 +69,7 @@ class Sums(NamedTuple):
     common: aggregate.WeightedSum  # of what all clients hold
     experts: dict  # {path of a site: {leaf, or `keys`: [.., E, ..]}}
     holders: Array  # [J, E] sum of the weights of those that hold an expert
+    embedded: Array  # [J, E] likewise of those of them that were embedded, in whose `keys` it is
     clients: PyTree  # tree over sites of [.., N, Q]
     seen: Array  # [N] 1 for clients that were embedded
 
@@ -136,7 +138,7 @@ def fedamole(
     """
     aggregate.check_weighting(weighting)
     noise = Noise(dp, dp_eta, dp_clip, dp_cap)
-    expert_embeddings.check_noise(noise)
+    expert_embeddings.check_noise(noise, assign)
     choices = {"balance_reduce": balance_reduce, "assign": assign, "router": router, "embed_on": embed_on}
     _check(balance, choices | {"adapter_dtype": adapter_dtype, "score_dtype": score_dtype})
     least, most = assignment.bounds(
@@ -202,24 +204,27 @@ def fedamole(
     def fold(uploads, cohort):
         weights = cohort.examples if weighting == "examples" else jnp.ones_like(cohort.examples)
         weights = jnp.where(cohort.reported, weights, 0.0)
-        ids = expert_embeddings.by_site(layout, jnp.swapaxes(uploads.slots, 0, 1), experts)
-        sums = {}
+        spoke = cohort.reported & (expert_embeddings.spoke(uploads.embeddings) if assign == "data" else False)
+        counted = {"keys": jnp.where(spoke, weights, 0.0)}
+        ids, sums = expert_embeddings.by_site(layout, jnp.swapaxes(uploads.slots, 0, 1), experts), {}
         for path, leaves in _of_holders(uploads).items():
             own = jnp.moveaxis(ids[path], -2, 0)
-            sums[path] = {leaf: mixture.scatter(value, own, weights, experts) for leaf, value in leaves.items()}
-        holders = mixture.scatter(jnp.ones(uploads.slots.shape, jnp.float32), uploads.slots, weights, experts)
+            sums[path] = {x: mixture.scatter(leaf, own, counted.get(x, weights), experts) for x, leaf in leaves.items()}
+        ones = jnp.ones(uploads.slots.shape, jnp.float32)
+        holders, embedded = (mixture.scatter(ones, uploads.slots, of, experts) for of in (weights, counted["keys"]))
         common = aggregate.weighted_sum(_common(uploads.change), cohort, weighting)
-        seen = jnp.where(cohort.reported, cohort.ids, clients)
+        seen = jnp.where(spoke, cohort.ids, clients)
         found = uploads.embeddings.client if assign == "data" else ()
         found = jax.tree.map(lambda leaf: expert_embeddings.placed(leaf, seen, clients), found)
         seen = jnp.zeros(clients, jnp.float32).at[seen].set(1.0, mode="drop")
-        return Sums(common, sums, holders, found, seen)
+        return Sums(common, sums, holders, embedded, found, seen)
 
     def server_update(server, sums):
-        holders = expert_embeddings.by_site(layout, sums.holders, 0.0)
+        holders, embedded = (expert_embeddings.by_site(layout, of, 0.0) for of in (sums.holders, sums.embedded))
+        counted = {"keys": embedded}
         means = {
-            path: {leaf: mixture.over_holders(total, holders[path]) for leaf, total in leaves.items()}
-            for path, leaves in sums.experts.items()
+            path: {leaf: mixture.over_holders(total, counted.get(leaf, holders)[path]) for leaf, total in of.items()}
+            for path, of in sums.experts.items()
         }
         server = server.replace(adapters=_moved(server.adapters, aggregate.mean(sums.common), means))
         server = server.replace(round=server.round + 1)
@@ -228,7 +233,7 @@ def fedamole(
             server = server.replace(scores=jax.random.uniform(key, server.scores.shape))
         if assign == "data":
             keys = {path: leaves.get("keys") for path, leaves in means.items()}
-            known = expert_embeddings.learnt(server.known, sums.clients, sums.seen, keys, holders)
+            known = expert_embeddings.learnt(server.known, sums.clients, sums.seen, keys, embedded)
             server = server.replace(known=known, scores=expert_embeddings.scores(layout, known, server.adapters))
         return server, {"experts_updated": jnp.mean((sums.holders > 0).astype(jnp.float32))}
 
@@ -241,9 +246,8 @@ def fedamole(
         chosen = assignment.solve(np.asarray(server.scores), expert_choices, least, most, score_dtype)
         return server.replace(slots=assignment.slots(chosen, most))
 
-    def traffic(server):
-        return _traffic(server, layout, experts * expert_choices / clients, assign == "data")
-
+    held = experts * expert_choices / clients
+    traffic = functools.partial(_traffic, layout=layout, held=held, embeds=assign == "data")
     parts = (init, init_client, client_update, fold, server_update, personalize, traffic)
     return Algorithm(*parts, shared=shared, host_step=host_step)
 
@@ -316,9 +320,7 @@ def _common(change: PyTree) -> PyTree:
     """The rest: what all clients hold."""
     none = dict.fromkeys(OF_HOLDERS)
     nodes = adapters_lib.nodes(change).items()
-    return adapters_lib.nest(
-        {path: node.replace(**none) if isinstance(node, Mixture) else node for path, node in nodes}
-    )
+    return adapters_lib.nest({path: x.replace(**none) if isinstance(x, Mixture) else x for path, x in nodes})
 
 
 def _moved(adapters: PyTree, common: PyTree, means: dict) -> PyTree:
@@ -332,18 +334,16 @@ def _moved(adapters: PyTree, common: PyTree, means: dict) -> PyTree:
 
 
 def _traffic(server: Server, layout: ranks.Layout, held: float, embeds: bool) -> tuple[int, int]:
-    """Parameters down and up of a client that holds as many experts as clients do on average, their ids included."""
+    """Down and up of a client with as many experts as clients hold on average, in numbers of four bytes."""
     nodes = adapters_lib.nodes(server.adapters)
     heads = {path: node for path, node in nodes.items() if path not in layout.paths}
-    down, more = held * layout.sites + adapters_lib.count(adapters_lib.nest(heads)), 0.0
+    down, more = adapters_lib.count(adapters_lib.nest(heads)), 0.0
     for path in layout.paths:
-        node = nodes[path]
-        stacked = node.held.size // node.held.shape[-1]
+        node, own = nodes[path], mixture.sizes(nodes[path])
         # Layers of a stack without an adapter travel with nobody.
-        layers = sum(name in layout.names for name in adapters_lib.names(path, stacked))
-        whole = trees.select(node.replace(**dict.fromkeys(OF_HOLDERS)), _is_trained)
-        experts = sum(leaf.size for leaf in jax.tree.leaves((node.a, node.b, node.rows))) / node.held.size
-        down += layers * (held * experts + sum(leaf.size for leaf in jax.tree.leaves(whole)) / stacked)
-        inputs, rank = node.a.shape[-2:]
-        more += layers * (inputs if node.router is None else (1 + held) * rank)
-    return round(down), round(down + more if embeds else down)
+        layers = sum(name in layout.names for name in adapters_lib.names(path, node.held.size // node.held.shape[-1]))
+        down += layers * (held * own.expert + own.common)
+        more += layers * own.query * (1 + held * (node.router is not None))
+    # Ids of experts are such numbers; of parameters in bfloat16 two make one.
+    ids, share = held * layout.sites, jnp.dtype(node.a.dtype).itemsize / 4
+    return round(ids + share * down), round(ids + share * (down + more * embeds))
