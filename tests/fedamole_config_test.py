@@ -1,5 +1,6 @@
 """The variants of configs/fedamole.py: what the authors do differently, and that all can be built."""
 
+import functools
 import importlib.util
 import pathlib
 
@@ -68,6 +69,35 @@ def test_methods_have_the_settings_that_they_are_given(method, size):
 
     optimizer = local.make_optimizer(**settings.optimizer)
     assert factory(model, tasks.causal(), init_adapters, optimizer, **own).init_client is not None
+
+
+def parameters(settings, widths, clients):
+    """Numbers that a client trains at layers of the given (inputs, outputs of query, of value), and sends."""
+    shapes = {
+        name: {"kernel": jax.ShapeDtypeStruct((1, widths[0], outputs), "float32")}
+        for name, outputs in zip(("q_proj", "v_proj"), widths[1:], strict=True)
+    }
+    own = settings.algorithm.to_dict()
+    name = own.pop("name")
+    own |= {"clients": clients} if name == "fedamole" else {}
+    init = functools.partial(adapters.init, shapes={"layers": {"self_attn": shapes}}, **settings.adapter)
+    method = algorithms.ALL[name](toy.model(), tasks.causal(), init, local.make_optimizer(learning_rate=1.0), **own)
+    return np.array(method.traffic(jax.eval_shape(method.init, jax.random.key(0))))
+
+
+@pytest.mark.parametrize(
+    ("variant", "rank", "widths", "clients"),
+    [
+        ("snli_1,{},published", 61, (2048, 2048, 512), 10),
+        ("ni,{}", 32, (576, 576, 192), 10),
+        ("flan1,{}", 37, (576, 576, 192), 8),
+    ],
+)
+def test_the_matched_lora_trains_and_sends_what_a_mixture_does(variant, rank, widths, clients):
+    mixed, matched = (MODULE.get_config(variant.format(method)) for method in ("fedamole", "fedit_matched"))
+    assert matched.adapter.rank == rank and matched.adapter.alpha == 2 * rank
+    sent = [parameters(settings, widths, clients) for settings in (mixed, matched)]
+    np.testing.assert_allclose(sent[0], sent[1], rtol=0.01)
 
 
 def test_the_last_round_has_the_published_rate():
