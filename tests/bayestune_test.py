@@ -195,13 +195,15 @@ def frozen(**settings):
 
 
 def test_without_significance_scales_fall_and_with_it_they_grow_with_b():
-    tiny = jax.tree.map(
-        lambda node: node.replace(b=node.b * 1e-4), FULL, is_leaf=lambda node: isinstance(node, adapters.LoRA)
-    )
-    assert np.all(frozen(adapters=tiny, significance=0.0) < 0.0)
-    little, much = frozen(adapters=tiny), frozen(adapters=FULL)
-    assert np.all(little < 0.1) or np.mean(little) < np.mean(much)
-    assert np.all(much > 0.5)
+    def used(factor):
+        return jax.tree.map(
+            lambda node: node.replace(b=node.b * factor), FULL, is_leaf=lambda node: isinstance(node, adapters.LoRA)
+        )
+
+    assert np.all(frozen(adapters=used(1e-4), significance=0.0) < 0.0)
+    little, some, much = (frozen(adapters=used(factor)) for factor in (1e-6, 1e-4, 1e-2))
+    assert np.all(little < some) and np.all(some < much)
+    assert np.all(little < 0.1) and np.all(much > 0.5)
 
 
 def test_a_wider_site_ends_with_larger_scales():
@@ -223,6 +225,16 @@ def test_accumulated_gradients_are_sums_of_all_steps():
         summed, second = fresh.update(gradient | {"scales": step * gradient["scales"]}, states[1], params)
         states = first, second
         assert_same(updates, summed)
+
+
+def test_the_clip_is_of_adapters_alone():
+    clipped = optax.chain(optax.clip_by_global_norm(1e-6), optax.sgd(1.0))
+    transform = bayestune.joint(clipped, bayestune.Scales(), 1.0)
+    params = {"adapters": jnp.zeros(2), "scales": jnp.zeros(3)}
+    gradient = {"adapters": jnp.array([3.0, 4.0]), "scales": jnp.array([5e5, -2.0, 0.5])}
+    updates, _ = transform.update(gradient, transform.init(params), params)
+    np.testing.assert_allclose(updates["scales"], [-1e-2, 1e-2, -1e-2], rtol=1e-4)
+    np.testing.assert_allclose(updates["adapters"], [-0.6e-6, -0.8e-6], rtol=1e-4)
 
 
 def test_raw_scales_reach_the_model_and_clamped_ones_do_not():
@@ -260,6 +272,9 @@ def test_alone_a_client_keeps_its_budget_and_starts_again():
         ({"gradient": "old"}, "algorithm.gradient is 'old', expected fresh or accumulate"),
         ({"low": 0.0}, "algorithm.low is 0.0"),
         ({"mode": "two"}, "algorithm.mode is 'two', expected 'value' or 'one'"),
+        ({"rate": -1.0}, "algorithm.rate is -1.0, expected more than 0"),
+        ({"significance": -1.0}, "algorithm.significance is -1.0, expected 0 or more"),
+        ({"sparsity": -0.1}, "algorithm.sparsity is -0.1, expected 0 or more"),
     ],
 )
 def test_mistakes(settings, message):

@@ -82,7 +82,7 @@ def adalora(
       personal_rate: factor on the learning rate.
     """
     del schedule
-    _check(initial, warmup, final, scale, beta1=beta1, beta2=beta2)
+    _check(initial, warmup, final, penalty, scale, beta1=beta1, beta2=beta2)
     start = ranks.concrete(init_adapters)
     layout = ranks.layout(start)
     shape, own = (layout.sites, layout.rank), np.asarray(ranks.table(layout, start))
@@ -206,13 +206,15 @@ def _share(part: float, steps: int) -> Array:
     return jnp.asarray([int(part * total) for total in range(steps + 1)], jnp.int32)
 
 
-def _check(initial, warmup, final, scale, **decays):
+def _check(initial, warmup, final, penalty, scale, **decays):
     if not initial >= 1:
         raise ValueError(f"algorithm.initial is {initial}, expected 1 or more times the budget")
     if not (warmup >= 0 and final >= 0 and warmup + final < 1):
         raise ValueError(
             f"algorithm.warmup is {warmup} and final {final}, expected shares that leave steps between them"
         )
+    if not penalty >= 0:
+        raise ValueError(f"algorithm.penalty is {penalty}, expected 0 or more")
     if scale not in ("fixed", "published"):
         raise ValueError(f"algorithm.scale is {scale!r}, expected 'fixed' or 'published'")
     for name, decay in decays.items():

@@ -144,6 +144,11 @@ def make_scales(**settings) -> Scales:
     for name, known in choices.items():
         if getattr(scales, name) not in known:
             raise ValueError(f"algorithm.{name} is {getattr(scales, name)!r}, expected {' or '.join(known)}")
+    if not scales.rate > 0:
+        raise ValueError(f"algorithm.rate is {scales.rate}, expected more than 0")
+    for name in ("significance", "sparsity"):
+        if not getattr(scales, name) >= 0:
+            raise ValueError(f"algorithm.{name} is {getattr(scales, name)}, expected 0 or more")
     if not 0 < scales.low < scales.high:
         raise ValueError(f"algorithm.low is {scales.low} and high {scales.high}, expected 0 < low < high")
     return scales

@@ -117,6 +117,8 @@ def fedl2p(
     settings = make_adamw(**inner)
     aggregate.check_weighting(weighting)
     _check(validation, test_fraction, outer_steps, neumann_terms)
+    _check_rates({"network_rate": network_rate, "rates_rate": rates_rate}, zero=True)
+    _check_rates({"inner_rate": inner_rate, "meta_clip": meta_clip, "neumann_rate": neumann_rate}, zero=False)
     layout = ranks.layout(ranks.concrete(init_adapters))
     ranks.check_budgets(() if budget is None else (budget,), layout.rank)
     shape = (layout.sites, layout.rank)
@@ -190,9 +192,8 @@ def fedl2p(
         size = sum(leaf.size for leaf in jax.tree.leaves(server.meta))
         return size, size
 
-    return Algorithm(
-        init, init_client, client_update, fold, server_update, personalize, traffic, observe=observe, observed=observed
-    )
+    whole = init, init_client, client_update, fold, server_update, personalize, traffic
+    return Algorithm(*whole, observe=observe, observed=observed, budgets=True)
 
 
 def make_network(key: Array, inputs: int, outputs: int) -> LRNet:
@@ -330,3 +331,9 @@ def _check(validation, test_fraction, outer_steps, neumann_terms):
     for name, count, least in (("outer_steps", outer_steps, 1), ("neumann_terms", neumann_terms, 0)):
         if count < least:
             raise ValueError(f"algorithm.{name} is {count}, expected {least} or more")
+
+
+def _check_rates(rates, *, zero):
+    for name, rate in rates.items():
+        if not (rate > 0 or zero and rate == 0):
+            raise ValueError(f"algorithm.{name} is {rate}, expected {'0 or more' if zero else 'more than 0'}")

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import struct
 
@@ -137,12 +136,14 @@ def fedp2eft(
     bayestune.check_mode(mode)
     aggregate.check_weighting(weighting)
     _check(choice=choice, features=features, tap_standardize=tap_standardize, tap_dtype=tap_dtype)
+    _check_numbers(psg_rate, psg_steps=psg_steps, psg_width=psg_width, sample_budget_after=sample_budget_after)
+    if mode == "one" and train_scales_at_eval:
+        raise ValueError("algorithm.mode is 'one', but algorithm.train_scales_at_eval trains the scales themselves")
     layout = ranks.layout(ranks.concrete(init_adapters))
     shape = (layout.sites, layout.rank)
     inputs = taps.size(model) + include_quantity
     running = tap_standardize == "running"
     dtype = jnp.dtype(settings.dtype)
-    fit = optax.adam(psg_rate)
 
     def init(key):
         psg = make_psg(jax.random.fold_in(key, PSG_START), inputs, psg_width * inputs, shape[0] * shape[1])
@@ -157,8 +158,7 @@ def fedp2eft(
         return taps.moments(model, base, inputs, weights, mask_padding=tap_mask_padding)
 
     def observed(parts, examples):
-        quantity = examples if include_quantity else None
-        return {"taps": taps.vector(parts, dtype=tap_dtype, quantity=quantity)}
+        return {"taps": taps.vector(parts, dtype=tap_dtype, quantity=examples if include_quantity else None)}
 
     def read(server, batches):
         x = batches.constants["taps"]
@@ -176,7 +176,8 @@ def fedp2eft(
             model, task, base, server.adapters, start, optimizer, batches, key, layout, settings, mask=mask, rate=rate
         )
         target = ranks.clamp(learnt, settings.low, settings.high) if settings.target == "clamped" else learnt
-        psg, before, after = regress(psg, x, jax.lax.stop_gradient(target), mask)
+        target = jax.lax.stop_gradient(target)
+        psg, before, after = regress(psg, x, target, settings, rate=psg_rate, steps=psg_steps, mask=mask)
         update = jax.tree.map(lambda new, old: new.astype(jnp.float32) - old, psg, server.psg)
         metrics |= {"psg_error": before, "psg_error_after": after, "mean_scale": jnp.mean(target.astype(jnp.float32))}
         x = batches.constants["taps"] - server.statistics.mean if running else ()
@@ -186,20 +187,6 @@ def fedp2eft(
         halvings = jnp.array([layout.rank >> power for power in range(layout.rank.bit_length())])
         budget = jnp.where(index < sample_budget_after, layout.rank, jax.random.choice(key, halvings))
         return ranks.top(scores, budget * layout.sites)
-
-    def regress(psg, x, target, mask):
-        def error(psg):
-            distance = jnp.abs(generate(psg, x, shape, settings) - target)
-            return jnp.sum((distance if mask is None else distance * mask).astype(jnp.float32))
-
-        def step(carry, _):
-            psg, state = carry
-            value, gradient = jax.value_and_grad(error)(psg)
-            updates, state = fit.update(gradient, state, psg)
-            return (optax.apply_updates(psg, updates), state), value
-
-        (psg, _), errors = jax.lax.scan(step, (psg, fit.init(psg)), None, length=psg_steps)
-        return psg, errors[0] / target.size, error(psg) / target.size
 
     def fold(uploads, cohort):
         here = cohort.reported.astype(jnp.float32)
@@ -245,9 +232,8 @@ def fedp2eft(
         size = sum(leaf.size for leaf in jax.tree.leaves(server.psg))
         return size + running * (2 * inputs + 1), size + running * inputs
 
-    return Algorithm(
-        init, init_client, client_update, fold, server_update, personalize, traffic, observe=observe, observed=observed
-    )
+    whole = init, init_client, client_update, fold, server_update, personalize, traffic
+    return Algorithm(*whole, observe=observe, observed=observed, budgets=True)
 
 
 def make_psg(key: Array, inputs: int, hidden: int, outputs: int) -> PSG:
@@ -273,6 +259,35 @@ def generate(psg: PSG, x: Array, shape: tuple[int, int], settings: bayestune.Sca
         hidden = x @ psg.w1 + psg.b1
         hidden = jnp.where(hidden >= 0, hidden, psg.slope * hidden)
         return ranks.clamp((hidden @ psg.w2 + psg.b2).reshape(shape), settings.low, settings.high)
+
+
+def regress(
+    psg: PSG, x: Array, target: Array, settings: bayestune.Scales, *, rate: float, steps: int, mask: Array | None = None
+) -> tuple[PSG, Array, Array]:
+    """Fits the PSG of a client to its scales by steps of Adam on the summed distance.
+
+    Args:
+      x: [I] what it reads.
+      target: [J, R] what it should say.
+      mask: [J, R] of 0 and 1, what counts; None is all.
+
+    Returns:
+      (PSG, mean distance before, and after).
+    """
+    fit = optax.adam(rate)
+
+    def error(psg):
+        distance = jnp.abs(generate(psg, x, target.shape, settings) - target)
+        return jnp.sum((distance if mask is None else distance * mask).astype(jnp.float32))
+
+    def step(carry, _):
+        psg, state = carry
+        value, gradient = jax.value_and_grad(error)(psg)
+        updates, state = fit.update(gradient, state, psg)
+        return (optax.apply_updates(psg, updates), state), value
+
+    (psg, _), errors = jax.lax.scan(step, (psg, fit.init(psg)), None, length=steps)
+    return psg, errors[0] / target.size, error(psg) / target.size
 
 
 def standardized(x: Array, statistics: Statistics) -> Array:
@@ -326,7 +341,9 @@ def _check(**switches):
             raise ValueError(f"algorithm.{name} is {value!r}, expected one of {', '.join(known[name])}")
 
 
-def psg_size(inputs: int, outputs: int, width: int = 2) -> int:
-    """Parameters of a PSG: I H + H + 1 + H O + O with H = width x I."""
-    psg = jax.eval_shape(lambda: make_psg(jax.random.key(0), inputs, width * inputs, outputs))
-    return int(sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(psg)))
+def _check_numbers(psg_rate, **counts):
+    if not psg_rate > 0:
+        raise ValueError(f"algorithm.psg_rate is {psg_rate}, expected more than 0")
+    for name, count in counts.items():
+        if count < (least := int(name != "sample_budget_after")):
+            raise ValueError(f"algorithm.{name} is {count}, expected {least} or more")

@@ -34,6 +34,8 @@ def lora(
       personal_rate: factor on the learning rate.
     """
     del schedule
+    if not multiplier > 0:
+        raise ValueError(f"algorithm.multiplier is {multiplier}, expected more than 0")
     layout = ranks.layout(ranks.concrete(init_adapters))
 
     def train(base, adapters, batches, key):
@@ -49,7 +51,7 @@ def alone(init_adapters: Callable[[Array], PyTree], train: Callable[..., tuple[P
 
     Args:
       init_adapters: (key) -> adapters.
-      train: (base, adapters, batches, key) -> (adapters, metrics) of one client.
+      train: (base, adapters, batches, key) -> (adapters, metrics) of one client, at its budget if it has one.
     """
 
     def client_update(base, server, client, batches, key):
@@ -63,6 +65,7 @@ def alone(init_adapters: Callable[[Array], PyTree], train: Callable[..., tuple[P
         server_update=lambda server, sums: (server, {}),
         personalize=lambda base, server, client, batches, key: train(base, server, batches, key)[0],
         traffic=lambda server: (0, 0),
+        budgets=True,
     )
 
 
