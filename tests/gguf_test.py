@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers as rust
 
 from fedjax_peft.data import tokenizers
 from fedjax_peft.models import gguf, hf, llama
@@ -18,10 +19,10 @@ TEXTS = ["The quick brown fox jumps over the lazy dog.", "La capitale de la Fran
 LOSSES = [4.01166, 5.49640]
 
 
-def written(path, kind, quantized=()):
+def written(path, kind, quantized=(), divisors=None, **changes):
     """A tiny model as llama.cpp's converter writes it, and the same weights here."""
     package = pytest.importorskip("gguf")
-    config = decoder.config(kind) | {"hidden_size": 32, "intermediate_size": 64}
+    config = decoder.config(kind) | {"hidden_size": 32, "intermediate_size": 64} | changes
     model = llama.llama(config)
     base = encoder.weights(jax.eval_shape(model.init, KEY))
     writer = package.GGUFWriter(path, config["model_type"])
@@ -32,8 +33,10 @@ def written(path, kind, quantized=()):
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(100.0)
+    writer.add_rope_freq_base(config["rope_theta"])
     writer.add_vocab_size(decoder.VOCABULARY)
+    if divisors is not None:
+        writer.add_tensor("rope_freqs.weight", np.asarray(divisors, np.float32))
     names = {"self_attn.": "attn_", "mlp.": "ffn_", "_proj": "", "model.layers": "blk", "o.weight": "output.weight"}
     names |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "lm_head": "output"}
     names |= {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
@@ -64,6 +67,24 @@ def test_every_tensor_finds_its_place(tmp_path, kind):
     jax.tree.map(np.testing.assert_array_equal, found.base, base)
     same = {name: config[name] for name in found.config if name in config and name != "rms_norm_eps"}
     assert {name: found.config[name] for name in same} == same and found.config["rms_norm_eps"] == 1e-5
+
+
+def test_divided_frequencies_are_those_of_llama_three(tmp_path):
+    # 1303, 49, 1.8 and .07 turns in 8192 tokens: fast rotations stay, slow ones are divided by 8, one is between.
+    divisors = [1.0, 1.0, 2.6945, 8.0]
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling |= {"original_max_position_embeddings": 8192}
+    plain = 5e5 ** -(np.arange(4) / 4)
+    scaled = llama.frequencies({"rope_theta": 5e5, "rope_scaling": scaling}, 8)
+    np.testing.assert_allclose(plain / scaled, divisors, rtol=1e-3)
+    written(tmp_path / "model.gguf", "llama", divisors=plain / scaled, rope_theta=5e5)
+    found = hf.load(tmp_path / "model.gguf", labels=0, head="lm", key=KEY)
+    assert found.unused == () and found.config["rope_scaling"] == scaling
+    np.testing.assert_allclose(llama.frequencies(found.config, 8), scaled, rtol=1e-6)
+    for other in ([1.0, 1.0, 2.0, 8.0], [1.0, 8.0]):
+        written(tmp_path / "other.gguf", "llama", divisors=other, rope_theta=5e5)
+        with pytest.raises(ValueError, match="numbers that are not those of Llama 3"):
+            gguf.read(tmp_path / "other.gguf")
 
 
 def test_rows_of_quantised_tables_are_those_of_the_whole(tmp_path):
@@ -114,10 +135,55 @@ def test_a_tokenizer_needs_what_it_names():
     begun = tokenizers.from_bpe(*parts._replace(begins=True, special={"bos": 2, "eos": 2}))
     assert begun.encode(["ab"], max_length=8).tokens.tolist() == [2, 0, 1]
     assert begun.encode(["ab"], max_length=8, special=False).tokens.tolist() == [0, 1]
-    with pytest.raises(ValueError, match="splits texts as 'tekken', expected 'gpt-2' or 'smollm'"):
+    with pytest.raises(ValueError, match="splits texts as 'tekken', expected one of gpt-2, smollm, llama-bpe, qwen2"):
         tokenizers.from_bpe(*parts._replace(split="tekken"))
     with pytest.raises(ValueError, match="names the special tokens .*, expected eos and bos"):
         tokenizers.from_bpe(*parts._replace(begins=True))
+
+
+LETTERS = sorted(rust.pre_tokenizers.ByteLevel.alphabet())
+MERGES = ["1 2", "3 4", "12 34", "' L", "'L L", ". Ċ", "( a", "Ã ©"]
+PIECES = [*LETTERS, *(merge.replace(" ", "") for merge in MERGES), "xyz", "<begin>", "<end>", "<call>"]
+CUT = {
+    "gpt-2": ["1234", "'", "L", "L", ".", "Ċ", "(", "a", "x", "y", "z", "e", "Ì", "ģ"],
+    "smollm": ["1", "2", "3", "4", "'", "L", "L", ".", "Ċ", "(", "a", "x", "y", "z", "e", "Ì", "ģ"],
+    "llama-bpe": ["12", "3", "4", "'LL", ".Ċ", "(a", "xyz", "e", "Ì", "ģ"],
+    "qwen2": ["1", "2", "3", "4", "'LL", ".Ċ", "(a", "x", "y", "z", "Ã©"],
+}
+
+
+@pytest.mark.parametrize("split", CUT)
+def test_texts_are_cut_into_words_as_published(tmp_path, split):
+    """Digits, contractions, line ends after signs, a sign before a word, whole pieces, composed letters."""
+    package = pytest.importorskip("gguf")
+    kinds = package.TokenType
+    writer = package.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(split)
+    writer.add_token_list(PIECES)
+    writer.add_token_types([kinds.NORMAL] * (len(PIECES) - 3) + [kinds.CONTROL, kinds.CONTROL, kinds.USER_DEFINED])
+    writer.add_token_merges(MERGES)
+    writer.add_bos_token_id(PIECES.index("<begin>"))
+    writer.add_eos_token_id(PIECES.index("<end>"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    tokenizer = tokenizers.from_bpe(*gguf.tokenizer_parts(tmp_path / "model.gguf"))
+    found = tokenizer.encode(["1234'LL.\n(a<call>xyz<end>e\u0301"], max_length=32).tokens
+    pieces = [PIECES[i] for i in found]
+    assert (pieces[0] == "<begin>") == (split == "llama-bpe")
+    assert [piece for piece in pieces if piece[0] != "<"] == CUT[split]
+    assert [piece for piece in pieces if piece in ("<call>", "<end>")] == ["<call>", "<end>"]
+    assert "<call>" in tokenizer.decode(found) and "<end>" not in tokenizer.decode(found)
+
+
+@pytest.mark.parity
+def test_words_are_those_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.Qwen2Tokenizer(vocab={piece: i for i, piece in enumerate(LETTERS)}, merges=[])
+    ours = rust.pre_tokenizers.Sequence(tokenizers.SPLITS["qwen2"]())
+    for text in [*TEXTS, "It'S 1999,\r\n isn't it?  12345  x=3.14\n\n\tnaïve café 日本語 🙂 _a 1٣²"]:
+        assert ours.pre_tokenize_str(text) == theirs.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
 
 
 @pytest.fixture(scope="module")

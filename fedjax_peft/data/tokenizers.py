@@ -21,11 +21,18 @@ from fedjax_peft.data.federated import Encoded
 
 MINILM = "minilm"
 _MINILM_FILE = "sentence-transformers__all-MiniLM-L6-v2/tokenizer.json"
+# What the files tokenizer.json of Llama 3 and Qwen2 publish, which differ in how many digits make a word.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SPLITS = {
-    "gpt-2": lambda: [],
-    "smollm": lambda: [tokenizers.pre_tokenizers.Digits(individual_digits=True)],
+    "gpt-2": lambda: [_letters()],
+    "smollm": lambda: [tokenizers.pre_tokenizers.Digits(individual_digits=True), _letters()],
+    "llama-bpe": lambda: [_words(_WORDS.format(digits="{1,3}")), _letters(use_regex=False)],
+    "qwen2": lambda: [_words(_WORDS.format(digits="")), _letters(use_regex=False)],
 }
-"""{llama.cpp's name: what cuts texts before GPT-2's own cut into words}."""
+"""{llama.cpp's name: what cuts texts into words, and those into GPT-2's letters}."""
 _CHUNK = 10_000  # texts a call, so that Python objects of all texts never exist at once
 
 
@@ -116,8 +123,11 @@ def from_bpe(
     special: Mapping[str, int],
     begins: bool,
     template: str | None,
+    added: Sequence[int] = (),
 ) -> Tokenizer:
     """A byte-level BPE tokenizer (Radford et al., 2019, "Language Models are Unsupervised Multitask Learners").
+
+    As in their own files, that of Llama 3 takes words that are pieces whole, and that of Qwen2 composes letters (NFC).
 
     Args:
       pieces: [V] piece of each id, bytes in GPT-2's letters.
@@ -127,21 +137,23 @@ def from_bpe(
       special: ids of `eos` and, if there are any, `bos` and `pad`.
       begins: whether texts begin with `bos`.
       template: Jinja source that turns messages into a text.
+      added: ids of pieces that texts are cut at, and that are no special tokens.
 
     Raises:
       ValueError: for an unknown `split`, or special tokens that are not there.
     """
     if split not in SPLITS:
-        raise ValueError(f"the tokenizer splits texts as {split!r}, expected {' or '.join(map(repr, SPLITS))}")
+        raise ValueError(f"the tokenizer splits texts as {split!r}, expected one of {', '.join(SPLITS)}")
     wanted = ("eos", "bos") if begins else ("eos",)
     if not set(wanted) <= special.keys():
         raise ValueError(f"the tokenizer names the special tokens {sorted(special)}, expected {' and '.join(wanted)}")
     content = [list(pieces), list(merges), split, list(control), sorted(special.items()), begins, template]
-    sha = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    ids = {piece: i for i, piece in enumerate(pieces)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(ids, [tuple(pair.split(" ")) for pair in merges]))
-    letters = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*SPLITS[split](), letters])
+    sha = hashlib.sha256(json.dumps(content + [list(added)] * bool(added)).encode()).hexdigest()
+    ids, pairs = {piece: i for i, piece in enumerate(pieces)}, [tuple(pair.split(" ")) for pair in merges]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(ids, pairs, ignore_merges=split == "llama-bpe"))
+    if split == "qwen2":
+        tokenizer.normalizer = tokenizers.normalizers.NFC()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(SPLITS[split]())
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     if begins:
         bos = (pieces[special["bos"]], special["bos"])
@@ -149,9 +161,18 @@ def from_bpe(
             single=f"{bos[0]} $A", pair=f"{bos[0]} $A $B:0", special_tokens=[bos]
         )
     tokenizer.add_special_tokens([tokenizers.AddedToken(pieces[i], special=True, normalized=False) for i in control])
+    tokenizer.add_tokens([tokenizers.AddedToken(pieces[i], normalized=False) for i in added])
     names = {f"{name}_token": pieces[i] for name, i in special.items()}
     wrapped = _wrapped(tokenizer, special.get("pad", special["eos"]), special["eos"], sha)
     return wrapped._replace(bos=special.get("bos"), chat=_chat(template, names))
+
+
+def _words(pattern: str) -> tokenizers.pre_tokenizers.PreTokenizer:
+    return tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+
+
+def _letters(use_regex: bool = True) -> tokenizers.pre_tokenizers.PreTokenizer:
+    return tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
 
 
 def _from_file(file: pathlib.Path) -> Tokenizer:

