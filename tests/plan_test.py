@@ -165,15 +165,20 @@ def test_exchanges_in_a_loop_are_pointed_out(tmp_path):
     assert not [said for said in plan.checks(made, job) if "look" in said]
 
 
-@pytest.mark.parametrize("algorithm", ["fedit", "fedamole"])
+@pytest.mark.parametrize("algorithm", [{"name": "fedit"}, {"name": "fedamole", "embed_on": "aux"}])
 def test_a_causal_model_answers_with_as_many_tokens_as_are_asked_for(tmp_path, algorithm):
     own = decoder_config(tmp_path)
-    own.algorithm = {"name": algorithm}
+    own.algorithm, own.observe.batch = algorithm, 3
     job = make_job(own, answer=5)
     assert job.batches.labels["targets"].shape == job.batches.inputs["chosen"].shape == (2, 4, 5)
     # Logits of three more tokens of four texts in two steps, whose head is frozen.
     more = make_job(own, answer=8).flops - job.flops
     assert more == 4 * 2 * 3 * 4 * decoder.WIDTH * decoder.VOCABULARY
+    if algorithm["name"] == "fedamole":
+        # 200 held-out texts of a client in batches of three; a round can be traced with them.
+        aux = job.batches.constants["aux"]
+        assert aux["inputs"]["tokens"].shape == (67, 3, 16) and aux["labels"]["targets"].shape == (67, 3, 5)
+        assert jobs.sums(job, 2).seen.shape == (8,)
 
 
 def test_of_a_split_base_only_activations_are_exchanged(tmp_path):

