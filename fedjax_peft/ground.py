@@ -65,10 +65,16 @@ def load(config: ConfigDict, seed: int) -> Ground:
 
 
 def aux(config: ConfigDict, ground: Ground) -> dict[str, PyTree]:
-    """Examples that clients hold out of training, `[N, ..]`; nothing if the data have none."""
-    store = ground.federation.aux
+    """Examples that clients hold out of training, `[N, ..]`.
+
+    Raises:
+      ValueError: the data have none, or a client has none.
+    """
+    store, asked = ground.federation.aux, f"algorithm {config.algorithm.name} reads examples held out of training"
     if store is None:
-        return {}
+        raise ValueError(f"{asked}, but data.name {config.data.name!r} holds none out: raise data.aux or take others")
+    if without := np.flatnonzero(federated.sizes(store) == 0).tolist():
+        raise ValueError(f"{asked}, but client {ground.federation.names[without[0]]} holds none out")
     (width,) = federated.widths_for([store], config.max_length, count=1)
     return {"aux": batches.whole(store, batch=config.observe.batch, width=width, pad=ground.pad)}
 
