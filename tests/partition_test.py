@@ -78,6 +78,22 @@ def test_dirichlet_redraws_until_every_client_has_enough():
         partition.dirichlet(splits, clients=3, seed=0, alpha=0)
 
 
+@pytest.mark.parametrize(("alpha", "sizes"), [(0.1, [197, 419, 86, 298]), (1.0, [342, 154, 245, 259])])
+def test_dirichlet_can_draw_the_published_rows(alpha, sizes):
+    splits = {"train": {"label": np.arange(1000) % 5}}
+    settings = {"clients": 4, "seed": 42, "alpha": alpha, "published": True}
+    rows = partition.dirichlet(splits, **settings)["train"]
+    assert list(map(len, rows)) == sizes
+    np.testing.assert_array_equal(np.sort(np.concatenate(rows)), np.arange(1000))
+    if alpha == 1:
+        assert np.bincount(rows[0] % 5).tolist() == [10, 48, 107, 18, 159]
+        assert [own[0] for own in rows] == [271, 93, 896, 945]
+    with pytest.raises(ValueError, match="published draws deal out a single split, not train, test"):
+        partition.dirichlet(splits | {"test": splits["train"]}, **settings)
+    with pytest.raises(ValueError, match="2 published draws left clients with fewer rows than min_size=249"):
+        partition.dirichlet(splits, **settings, min_size=249, redraws=2)
+
+
 def test_dirichlet_gives_full_clients_no_further_class():
     splits = {"train": {"label": np.repeat([0, 1, 2], 100)}}
     for seed in range(20):

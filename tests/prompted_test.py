@@ -208,9 +208,12 @@ def test_natural_instructions_are_the_first_of_the_largest_tasks(tmp_path):
     for task, size in sizes.items():
         write(tmp_path / "folders" / task / "train.jsonl", [row(task, i) for i in range(size)])
     apart = instruction_sets.natural_instructions(
-        LETTERS, source=str(tmp_path / "folders"), tasks=list(sizes), clients=2, largest=3, **settings
+        LETTERS, source=str(tmp_path / "folders"), clients=2, largest=3, **settings
     )
     assert apart.groups == made.groups
+    some = {"tasks": ["task10_d", "task2_e"], "clients": 2}
+    named = instruction_sets.natural_instructions(LETTERS, source=str(tmp_path / "folders"), **some, **settings)
+    assert named.groups == ("task10_d", "task2_e")
     with pytest.raises(ValueError, match="data.clients is 4, but .* has 3 tasks"):
         instruction_sets.natural_instructions(LETTERS, source=source, clients=4, largest=3, **settings)
 
@@ -279,9 +282,8 @@ def test_benchmark_files(benchmarks):
     small = {"max_length": 3000, "train_limit": 64}
     snli = instruction_sets.snli(LETTERS, source=str(benchmarks / "snli"), split="validation+test", alpha=0.1, **small)
     assert len(snli.names) == 10 and federated.sizes(snli.test).sum() % 3 == 0
-    tasks = sorted(path.name for path in (benchmarks / "natural_instructions").iterdir())
     natural = instruction_sets.natural_instructions(
-        LETTERS, source=str(benchmarks / "natural_instructions"), tasks=tasks, **small | {"max_length": 9000}
+        LETTERS, source=str(benchmarks / "natural_instructions"), **small | {"max_length": 9000}
     )
     assert natural.groups[0] == "task002_quoref_answer_generation" and natural.names[9].startswith("task591")
     assert federated.sizes(natural.train).tolist() == [64] * 10 and federated.sizes(natural.test).max() == 50

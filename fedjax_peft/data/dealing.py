@@ -46,6 +46,31 @@ def by_class(labels: dict[str, np.ndarray], classes: np.ndarray, cuts: list[np.n
     return out
 
 
+def by_legacy_draws(
+    labels: dict[str, np.ndarray], clients: int, alpha: float, *, seed: int, min_size: int, redraws: int
+) -> Partition:
+    """What the code of FedAMoLE (arXiv 2411.19128) deals out by Dirichlet(alpha), from numpy's legacy generator.
+
+    Raises:
+      ValueError: several splits, whose rows that code does not know, or clients with fewer rows than `min_size`.
+    """
+    if len(labels) > 1:
+        raise ValueError(f"published draws deal out a single split, not {', '.join(labels)}")
+    ((split, x),) = labels.items()
+    rng = np.random.RandomState(seed)
+    for _ in range(redraws):
+        held = [np.zeros(0, np.int64)] * clients
+        for c in np.unique(x):
+            rows = rng.permutation(np.flatnonzero(x == c))
+            shares = rng.dirichlet(np.full(clients, positive("alpha", alpha)))
+            shares *= [len(own) < len(x) / clients for own in held]
+            parts = np.split(rows, (np.cumsum(shares / shares.sum())[:-1] * len(rows)).astype(np.int64))
+            held = [np.concatenate(pair) for pair in zip(held, parts, strict=True)]
+        if min(map(len, held)) >= min_size:
+            return {split: [rng.permutation(own) for own in held]}
+    raise ValueError(f"{redraws} published draws left clients with fewer rows than {min_size=}: raise alpha")
+
+
 def by_mixes(labels: dict[str, np.ndarray], clients: int, alpha: float, *, mix_seed: Any, row_seed: Any) -> Partition:
     """Clients of equal size that draw rows one after another, each by a mix of classes from Dirichlet(alpha)."""
     classes = np.unique(np.concatenate(list(labels.values())))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from fedjax_peft.data import federated, instructions, prompted
 from fedjax_peft.data import partition as partitions
@@ -24,11 +25,17 @@ def dolly(
     clients: int = 10,
     alpha: float = 1.0,
     seed: int = 42,
+    published_draws: bool = False,
     template: str = "alpaca",
     **division: Any,
 ) -> Federation:
-    """Dolly-15K, its eight categories spread over clients by Dirichlet(alpha), drawn by `seed`."""
+    """Dolly-15K, its eight categories spread over clients by Dirichlet(alpha), drawn by `seed`.
+
+    Args:
+      published_draws: let clients hold the rows that they have in the code of FedAMoLE, see `partition.dirichlet`.
+    """
     partition = {"name": "dirichlet", "label": "category", "clients": clients, "alpha": alpha, "seed": seed}
+    partition |= {"published": published_draws}
     columns = {"instruction": "instruction", "context": "context", "answer": "response", "group": "category"}
     own = {"source": source, "max_length": max_length, "template": template, "partition": partition, "test": None}
     return prompted.from_columns(tokenizer, **own, **columns, **division)
@@ -121,12 +128,12 @@ def natural_instructions(
 
     Args:
       source: folder or hub name, columns `task_name`, `definition`, `inputs`, `targets` and `id`.
-      tasks: subsets of a folder with one for each task; none if all are together.
+      tasks: subsets of a folder with one for each task, all of them by default.
       clients: the first so many in the order of task numbers as texts, of
       largest: so many tasks with most rows, of equal ones the first by name.
       seed: of the order of rows.
     """
-    table = prompted.read(source, split, tasks)
+    table = prompted.read(source, split, tasks or _folders(source, split))
     # A further reference repeats the id; so do rows that several splits share.
     first = np.sort(np.unique(table["id"], return_index=True)[1])
     table = {name: column[first] for name, column in table.items()}
@@ -148,6 +155,14 @@ def natural_instructions(
     return prompted.federation(tokenizer, questions, dealt, groups, max_length=max_length, **division)
 
 
+def _folders(source: str, split: str) -> list[str]:
+    """Names of the folders in a folder; none where it has the splits itself."""
+    path = epath.Path(source).expanduser()
+    inside = sorted(path.iterdir()) if path.is_dir() else []
+    own = any(one.name == "data" or one.name.startswith(tuple(split.split("+"))) for one in inside)
+    return [] if own else [one.name for one in inside if one.is_dir()]
+
+
 def snli(
     tokenizer: Tokenizer,
     *,
@@ -157,6 +172,7 @@ def snli(
     alpha: float = 1.0,
     split: str = "train+validation+test",
     seed: int = 42,
+    published_draws: bool = False,
     **division: Any,
 ) -> Federation:
     """SNLI as a choice among the answers Yes, Maybe and No, its classes spread over clients by Dirichlet(alpha).
@@ -165,9 +181,11 @@ def snli(
       source: file, folder or hub name, columns `premise`, `hypothesis` and `label`; rows without a label are left out.
       split: all splits together; clients hold rows out by themselves, as many as the published splits would.
       seed: of the partition.
+      published_draws: draw it as the code of FedAMoLE does, see `partition.dirichlet`.
     """
     table = text_data.labelled(prompted.read(source, split))
-    dealt = partitions.dirichlet({"train": table}, clients=clients, alpha=alpha, seed=seed)
+    drawn = {"clients": clients, "alpha": alpha, "seed": seed, "published": published_draws}
+    dealt = partitions.dirichlet({"train": table}, **drawn)
     choices = instructions.INFERENCES
     questions = prompted.Questions(
         [instructions.infer(*pair) for pair in zip(table["premise"], table["hypothesis"], strict=True)],

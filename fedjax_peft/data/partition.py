@@ -52,6 +52,7 @@ def dirichlet(
     min_size: int = 10,
     balanced: bool = True,
     redraws: int = 1000,
+    published: bool = False,
 ) -> Partition:
     """Each class is spread over the clients by its own draw from Dirichlet(alpha) (Hsu et al., 2019, arXiv 1909.06335).
 
@@ -60,6 +61,7 @@ def dirichlet(
       min_size: the whole partition is redrawn until every client has as many training rows.
       balanced: a client that holds the average number of training rows gets nothing of the classes that follow.
       redraws: draws before giving up.
+      published: deal a single split out as the code of FedAMoLE does, see `dealing.by_legacy_draws`.
 
     Raises:
       ValueError: `min_size` was not reached.
@@ -70,6 +72,8 @@ def dirichlet(
     failed = f"{alpha=} gave no partition of {total} rows with {min_size=} for each of {clients} clients"
     if clients * min_size > total:
         raise ValueError(f"{failed}: there are too few rows")
+    if published:
+        return dealing.by_legacy_draws(labels, clients, alpha, seed=seed, min_size=min_size, redraws=redraws)
     classes = np.unique(np.concatenate(list(labels.values())))
     rng = np.random.default_rng(seed)
     for _ in range(redraws):
