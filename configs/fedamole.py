@@ -10,7 +10,7 @@
     fedjax-peft gains fedamole runs/snli runs/snli-fedit runs/ni runs/ni-fedit ..
 
 Folders have a file for each split, that of Natural Instructions a folder for each task, those of `flan` a file for each
-of eight clients and one of tests; without a source data come from the hub, where `flan` is none.
+of eight clients and one of tests. Without a source, data come from the hub, which has no `flan`.
 
 Paper: Zhang et al., Personalized Federated Fine-Tuning for LLMs via Data-Driven Heterogeneous Model Architectures, WWW
 2026, arXiv 2411.19128. A variant is SCENARIO,METHOD,SIZE. Scenarios: `snli_A` and `dolly_A`, ten clients by
