@@ -15,7 +15,8 @@ def parts(batches: Batches, count: int) -> tuple[Batches, ...]:
     """Minibatches for the parts of one local step, as equal as can be: part i holds the examples i, i + count, ..
 
     Padding stands behind the examples of a batch, and examples of one width together, so that dealing out instead of
-    cutting shares both out evenly. A part can still be without any example: its loss and gradient are 0.
+    cutting shares both out evenly. A part that would be without any example is the first part once more, so that each
+    part of a step has a gradient; without any example in the batch all parts are padding.
 
     Args:
       batches: `[B, ..]` of one step, or `[S, B, ..]`.
@@ -28,11 +29,16 @@ def parts(batches: Batches, count: int) -> tuple[Batches, ...]:
     if size < count:
         raise ValueError(f"train.batch is {size}, expected {count} or more: a step has {count} minibatches")
 
-    def part(index):
+    def dealt(index):
         own = (slice(None),) * axis + (slice(index, None, count),)
-        inputs, labels, weights = jax.tree.map(
-            lambda leaf: leaf[own], (batches.inputs, batches.labels, batches.weights)
-        )
+        return jax.tree.map(lambda leaf: leaf[own], (batches.inputs, batches.labels, batches.weights))
+
+    def part(index):
+        own = dealt(index)
+        # Where a part has none, the first one has a single example, which shorter parts have room for too.
+        rows = (slice(None),) * axis + (slice(own[-1].shape[-1]),)
+        first = jax.tree.map(lambda leaf: leaf[rows], dealt(0))
+        inputs, labels, weights = trees.where(jnp.any(own[-1] > 0, axis=-1), own, first)
         return batches.replace(inputs=inputs, labels=labels, weights=weights)
 
     return tuple(part(index) for index in range(count))
@@ -67,9 +73,10 @@ def hessian_vector(
     if how != "fd":
         raise ValueError(f"a Hessian-vector product is asked for by {how!r}, expected one of {', '.join(PRODUCTS)}")
     # The smallest normal number, so that no direction gives no product.
-    length = jnp.sqrt(jnp.maximum(trees.squared_norm(direction), jnp.finfo(jnp.float32).tiny))
-    step = trees.scale(direction, eps / length)
+    d = eps / jnp.sqrt(jnp.maximum(trees.squared_norm(direction), jnp.finfo(jnp.float32).tiny))
+    step = trees.scale(direction, d)
     # Products of fewer bits, an accelerator's default, would leave little of so small a difference.
     with jax.default_matmul_precision("highest"):
         difference = trees.subtract(gradient(trees.add(point, step)), gradient(trees.subtract(point, step)))
-    return trees.scale(difference, length / (2 * eps))
+    # Divided by d, not multiplied by its inverse, which would be rounded to float32 once more.
+    return jax.tree.map(lambda leaf: leaf / (2 * d), difference)

@@ -87,16 +87,16 @@ def pf2lora(
       model, task: what is trained, and on what loss.
       init_adapters: (key, **changed settings) -> adapters of kind `lora`: the common ones, of rank r.
       optimizer: of the common adapters.
-      client_rank: r~ of the personal ones at the same sites; 0 leaves HOMLoRA.
+      client_rank: r~ of the personal ones, at the same sites but for the task head's; 0 leaves HOMLoRA.
       client_rate: alpha, the step of SGD on them, which has neither momentum nor decay.
       hypergradient: `so`, second order: through the step of SGD; `fo` leaves the mixed second derivative out; `joint`
         takes both steps from the same point, the paper's ablation without bilevel optimization.
       hvp: how `so` multiplies the mixed second derivative with a vector: `jvp` (forward over reverse), `revrev` (one
         reverse pass through the step) or `fd` (central differences, for kernels without a second derivative).
       fd_eps: length of the step of `fd` along the vector.
-      shared_batch: both levels see the whole batch; otherwise each has half of its examples.
+      shared_batch: both levels see the whole batch; otherwise each has half of its examples, or both have the only one.
       personal_alpha: LoRA's numerator of personal adapters; by default their scale is that of the common ones.
-      personal_head: the task head belongs to the personal level, not to the common one.
+      personal_head: the task head, dense, belongs to the personal level, not to the common one.
       identical: all clients draw the same C.
       reset: personal adapters start afresh in every round.
       adapt_known: clients that took part adapt once more in personalization, as new ones always do.
@@ -106,10 +106,12 @@ def pf2lora(
       personal_rate: factor on `client_rate` in personalization, SGD on personal adapters beside frozen common ones.
 
     Raises:
-      ValueError: a setting that does not exist, or a kind of adapter that does not fit.
+      ValueError: a setting that does not exist or fit, a kind of adapter that does not, or, with `personal_head`, no
+        dense head.
     """
     aggregate.check_weighting(weighting)
-    _check(init_adapters, client_rank, client_rate, hypergradient, hvp)
+    _check_steps(client_rate, hypergradient, hvp, fd_eps)
+    _check_adapters(init_adapters, client_rank, personal_head)
 
     def init(key):
         common = init_adapters(key, head="frozen") if personal_head else init_adapters(key)
@@ -129,11 +131,13 @@ def pf2lora(
             own |= {path: node for path, node in made.items() if not isinstance(node, adapters_lib.LoRA)}
         return adapters_lib.nest(own)
 
+    def fresh(server, key):
+        return server.personal if identical else _personal(key, server.common)
+
     def init_client(server, client_id, key):
         del client_id
-        personal = server.personal if identical else _personal(key, server.common)
         moments = optimizer.init(adapters_lib.trained(server.common)) if keep_optimizer else ()
-        return Client(personal, moments, jnp.int32(0))
+        return Client(fresh(server, key), moments, jnp.int32(0))
 
     def losses(base, server, client):
         """(x, y, batch, key) -> loss."""
@@ -149,7 +153,7 @@ def pf2lora(
         rate = 1.0 if schedule is None else schedule(server.round)
         start = adapters_lib.trained(server.common)
         # Not the key of `init_client`, which this client might never have used.
-        personal = _personal(jax.random.fold_in(key, PERSONAL), server.common) if reset else client.personal
+        personal = fresh(server, jax.random.fold_in(key, PERSONAL)) if reset else client.personal
         loss = losses(base, server, client)
 
         def step(carry, batch, key):
@@ -256,15 +260,26 @@ def _like(scale: Array, rank: int) -> Array:
     return jnp.broadcast_to(scale[..., :1], (*scale.shape[:-1], rank))
 
 
-def _check(init_adapters, client_rank, client_rate, hypergradient, hvp) -> None:
-    if client_rank < 0:
-        raise ValueError(f"algorithm.client_rank is {client_rank}, expected 0 or more")
+def _check_steps(client_rate, hypergradient, hvp, fd_eps) -> None:
     if not client_rate >= 0:
         raise ValueError(f"algorithm.client_rate is {client_rate}, expected 0 or more")
     if hypergradient not in ORDERS:
         raise ValueError(f"algorithm.hypergradient is {hypergradient!r}, expected one of {', '.join(ORDERS)}")
     if hvp not in PRODUCTS:
         raise ValueError(f"algorithm.hvp is {hvp!r}, expected one of {', '.join(PRODUCTS)}")
-    made = jax.eval_shape(lambda key: init_adapters(key, head="frozen"), jax.random.key(0))
-    if not all(isinstance(node, adapters_lib.LoRA) for node in adapters_lib.nodes(made).values()):
+    if not fd_eps > 0:
+        raise ValueError(f"algorithm.fd_eps is {fd_eps}, expected a positive length")
+
+
+def _check_adapters(init_adapters, client_rank, personal_head) -> None:
+    common, whole = (
+        adapters_lib.nodes(jax.eval_shape(lambda key, own=own: init_adapters(key, **own), jax.random.key(0)))
+        for own in ({"head": "frozen"}, {})
+    )
+    if not all(isinstance(node, adapters_lib.LoRA) for node in common.values()):
         raise ValueError("pf2lora adds a LoRA of each client to a common one, so adapter.kind must be 'lora'")
+    most = min(min(node.a.shape[-2], node.b.shape[-1]) for node in common.values())
+    if not 0 <= client_rank <= most:
+        raise ValueError(f"algorithm.client_rank is {client_rank}, expected 0 to {most}, the smallest side of a site")
+    if personal_head and all(isinstance(node, adapters_lib.LoRA) for node in whole.values()):
+        raise ValueError("algorithm.personal_head is True, which expects a dense head: adapter.head must be 'full'")
