@@ -1,14 +1,17 @@
 """Evaluations of a run: all clients at one point after another, and the rows that this leaves."""
 
 import logging
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from fedjax_peft import evaluate, metrics, records
 from fedjax_peft.types import Algorithm, Array, PyTree
+
+NAMED = 5  # most clients that a warning names
 
 logger = logging.getLogger(__name__)
 
@@ -61,13 +64,23 @@ def make_judge(
                 groups = [clients.groups[client] for client in scores.ids]
                 about = {"round": index, "pool": pool, "point": name}
                 pooled += [about | row for row in evaluate.pooled(scores, groups, problem.task)]
-                if problem.strategy and name != "global":
+                # What is described of each site says nothing of clients that share one model, but spectra do.
+                if problem.strategy and (averaged or name != "global"):
                     strategies += records.strategies(scores, clients, index, pool, name, problem.strategy.sites)
             if strategies:
                 metrics.merge_rows(workdir / "strategies.parquet", strategies, index)
             if pooled:
                 metrics.merge_rows(workdir / "pooled.parquet", pooled, index)
             metrics.merge_rows(workdir / "clients.parquet", rows, index)
+            _warn(rows, name, index)
             logger.info("evaluated %s at round %d in %.0f s", name, index, time.monotonic() - since)
 
     return judge
+
+
+def _warn(rows: Sequence[Mapping[str, Any]], point: str, index: int) -> None:
+    """Names the clients whose loss is no number: statistics of many do not show that."""
+    broken = [row["name"] for row in rows if row["examples"] and not math.isfinite(row["loss"])]
+    if broken:
+        names = ", ".join(broken[:NAMED]) + " .." * (len(broken) > NAMED)
+        logger.warning("%s at round %d: the loss of %d clients is not finite (%s)", point, index, len(broken), names)

@@ -1,6 +1,7 @@
 """Spectra: singular values from factors against dense ones, ranks, and what is recorded of a client."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import toy
 
 from fedjax_peft import adapters, ranks, spectra
-from fedjax_peft.reports import plots
+from fedjax_peft.reports import plots, spectrum_plots
 
 
 def lora(rank: int, seed: int = 0, shape=(2, 9, 7)) -> adapters.LoRA:
@@ -29,6 +30,14 @@ def test_singular_values_are_those_of_the_dense_product():
         kept = min(rank, 7)
         np.testing.assert_allclose(found[..., :kept], expected[..., :kept], rtol=1e-4, atol=1e-5)
         assert np.all(np.asarray(found[..., kept:]) < 1e-4)
+
+
+def test_the_dense_product_is_never_formed():
+    node = lora(3, shape=(2, 50, 40))
+    pattern = r"\[(\d+,)*(50,40|40,50)(,\d+)*\]"
+    assert re.search(pattern, str(jax.make_jaxpr(lambda node: (node.a * node.scale[..., None, :]) @ node.b)(node)))
+    program = str(jax.make_jaxpr(spectra.singular_values)(node))
+    assert "qr" in program and not re.search(pattern, program)
 
 
 def test_nothing_has_no_rank():
@@ -67,10 +76,27 @@ def test_pictures_of_spectra(tmp_path):
         for at in (0, 2, 4)
         for k in range(3)
     ]
-    found = [
-        {"pool": pool, "point": "personal", "singular_common": [2.0, 1.0], "singular_personal": [0.0]}
-        | {"singular_sum": [2.0, 1.0, 0.0]}
+    plots.write_spectra(tmp_path / "few", rows, recorded((4, "personal")), algorithm="pf2lora", point="personal")
+    assert {path.stem for path in (tmp_path / "few").iterdir()} == {"numerical_ranks", "singular_values"}
+    found = recorded((0, "global"), (2, "global"), (4, "global"), (4, "personal"))
+    plots.write_spectra(tmp_path / "all", rows, found, algorithm="pf2lora", point="personal")
+    assert {path.stem for path in (tmp_path / "all").iterdir()} == {"numerical_ranks", "singular_values", "spectra"}
+
+
+def recorded(*points):
+    """Rows of strategies.parquet; at round r the sum of client k of three has the values r and r (k + 1) / 4."""
+    return [
+        {"round": at, "pool": pool, "point": point, "singular_common": [at, at / 2], "singular_personal": [0.0]}
+        | {"singular_sum": [float(at), at * (k + 1) / 4, 0.0]}
+        for at, point in points
         for pool in ("seen", "unseen")
+        for k in range(3)
     ]
-    plots.write_spectra(tmp_path, rows, found, algorithm="pf2lora", point="personal")
-    assert {path.name for path in tmp_path.iterdir()} == {"numerical_ranks.png", "singular_values.png"}
+
+
+def test_lines_of_singular_values_are_medians_of_rounds():
+    panels = spectrum_plots.values_over_rounds(recorded((4, "global"), (0, "global"), (2, "global")), "title").axes
+    drawn = {panel.get_title(): [line.get_xydata().T.tolist() for line in panel.get_lines()] for panel in panels}
+    rounds = [0, 2, 4]
+    assert drawn["sum"] == [[rounds, [0, 1, 1]], [rounds, [0, 0.5, 0.5]], [rounds, [0, 0, 0]]]
+    assert drawn["common"] == drawn["sum"][:2] and drawn["personal"] == drawn["sum"][2:]

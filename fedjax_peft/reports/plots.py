@@ -104,19 +104,23 @@ def write_spectra(
     algorithm: str,
     point: str,
 ) -> None:
-    """Writes numerical_ranks.png and singular_values.png.
+    """Writes numerical_ranks.png, singular_values.png and, of a run evaluated between rounds, spectra.png.
 
     Args:
       folder: made if it does not exist.
       rows: of clients.parquet.
-      strategies: rows of strategies.parquet, of which those of seen clients at `point` are shown.
+      strategies: rows of strategies.parquet, of which those of seen clients are shown: at `point`, where clients are in
+        the end, and between rounds.
       algorithm: name for titles.
     """
-    own = [row for row in strategies if (row["pool"], row["point"]) == ("seen", point)]
+    seen = [row for row in strategies if row["pool"] == "seen"]
+    own, between = ([row for row in seen if row["point"] == name] for name in (point, "global"))
     with matplotlib.rc_context(STYLE):
         pictures = {"numerical_ranks": spectrum_plots.over_rounds(rows, algorithm)}
         if own:
             pictures["singular_values"] = spectrum_plots.values(own, algorithm)
+        if len({row["round"] for row in between}) > 1:
+            pictures["spectra"] = spectrum_plots.values_over_rounds(between, algorithm)
         _save(folder, pictures)
 
 

@@ -1,6 +1,6 @@
-"""Pictures of the ranks that clients' weights have: numerical ranks over rounds, singular values in the end."""
+"""Pictures of the ranks that clients' weights have: numerical ranks and singular values, over rounds and in the end."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,9 +48,8 @@ def values(rows: Iterable[Mapping[str, Any]], title: str) -> figure.Figure:
     picture = figure.Figure(figsize=(5, 3.4))
     picture.suptitle(f"{title}: singular values over sites and clients\nmedian and middle 80 %, largest of the sum = 1")
     panel = picture.subplots()
-    whole = np.array([max(row["singular_sum"][0], np.finfo(np.float32).tiny) for row in rows])
     for level, (color, marker) in LEVELS.items():
-        found = np.array([row[f"singular_{level}"] for row in rows])[:, :SHOWN] / whole[:, None]
+        found = _relative(rows, level)
         index = np.arange(1, found.shape[1] + 1)
         low, middle, high = np.quantile(found, (0.1, 0.5, 0.9), axis=0)
         panel.plot(index, middle, color=color, marker=marker, markersize=4, linewidth=1.2, label=level)
@@ -61,3 +60,35 @@ def values(rows: Iterable[Mapping[str, Any]], title: str) -> figure.Figure:
     panel.grid(axis="y", color="0.92")
     panel.legend(fontsize=8)
     return picture
+
+
+def values_over_rounds(rows: Iterable[Mapping[str, Any]], title: str) -> figure.Figure:
+    """Singular values of all sites and clients at each evaluation, relative to the largest of the sum: a line an index.
+
+    Args:
+      rows: of strategies.parquet at one point, with the columns of `values`, of one round or more.
+    """
+    of: dict[int, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        of.setdefault(row["round"], []).append(row)
+    picture = figure.Figure(figsize=(9, 3))
+    picture.suptitle(f"{title}: singular values, medians over sites and clients, largest of the sum = 1")
+    panels = picture.subplots(1, len(LEVELS), sharex=True, sharey=True)
+    for panel, (level, (color, marker)) in zip(panels, LEVELS.items(), strict=True):
+        medians = np.array([np.median(_relative(of[at], level), axis=0) for at in sorted(of)])
+        for index, line in enumerate(medians.T):
+            # Later ones are paler: which line is which shows without a legend of two dozen.
+            alpha = 1 - 0.75 * index / len(medians.T)
+            panel.plot(sorted(of), line, color=color, marker=marker, markersize=3, linewidth=1, alpha=alpha)
+        panel.set(title=level, xlabel="round")
+        panel.set_ylim(bottom=0)
+        panel.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
+        panel.grid(axis="y", color="0.92")
+    panels[0].set_ylabel("relative singular value")
+    return picture
+
+
+def _relative(rows: Sequence[Mapping[str, Any]], level: str) -> np.ndarray:
+    """[n, ..] the first singular values of a level over the largest of the sum; 0 where nothing is added."""
+    whole = np.array([max(row["singular_sum"][0], np.finfo(np.float32).tiny) for row in rows])
+    return np.array([row[f"singular_{level}"] for row in rows])[:, :SHOWN] / whole[:, None]
