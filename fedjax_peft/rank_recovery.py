@@ -24,7 +24,6 @@ from fedjax_peft.algorithms import fedavg, hetlora, perfedavg, pf2lora
 from fedjax_peft.types import Algorithm, Array, Batches, Cohort, Model, PyTree, Task
 
 WIDTH, EXAMPLES = 10, 100
-INNER_RATE, OUTER_RATE = 0.1, 0.01  # of Per-FedAvg
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +48,24 @@ class Curves(NamedTuple):
     singular: dict[str, np.ndarray]  # {common, personal, sum: [G, C, ..]} in the end
 
 
-def methods(rank: int, client_rank: int, lr_common: float, lr_personal: float, interval: int) -> dict[str, Method]:
-    """All rows of the study. Those named `tuned` have one more round of local steps on their own examples in the end.
+def methods(
+    rank: int = 4,
+    client_rank: int = 1,
+    *,
+    lr_common: float = 0.03,
+    lr_personal: float = 0.3,
+    lr_meta: float = 0.01,
+    lr_inner: float = 0.1,
+    interval: int = 10,
+    gamma: float = 0.99,
+    penalty: float = 1e-3,
+) -> dict[str, Method]:
+    """All rows of the study; arguments as in `study`.
 
-    HETLoRA starts with the ranks r - r~ and r + r~ (`spread`), or with one rank for both clients that is one too low
-    for either, the first's or the second's; it prunes in the row that says so.
+    Those named `tuned` have one more round of local steps on their own examples in the end. HETLoRA starts with the
+    ranks r - r~ and r + r~ (`spread`), or with one rank for both clients that is one too low for either, the first's or
+    the second's; it prunes in the row that says so, and is judged with the server's adapters in the one `truncated`,
+    with the clients' own in the others.
     """
     low, high = rank - client_rank, rank + client_rank
 
@@ -71,15 +83,15 @@ def methods(rank: int, client_rank: int, lr_common: float, lr_personal: float, i
         return Method(functools.partial(fedavg.fedit, weighting="uniform"), rank, lr_common, steps)
 
     def meta(order):
-        build = functools.partial(perfedavg.perfedavg, inner_rate=INNER_RATE, order=order)
-        return Method(build, rank, OUTER_RATE, steps=1, minibatches=3)
+        build = functools.partial(perfedavg.perfedavg, inner_rate=lr_inner, order=order)
+        return Method(build, rank, lr_meta, steps=1, minibatches=3)
 
-    def pruning(ranks, prune=False):
+    def pruning(ranks, prune=False, **settings):
         def first(client_id):
             return jnp.asarray(ranks, jnp.int32)[client_id]
 
-        settings = {"clients": first, "rank_min": 1, "penalty": 1e-3, "prune": prune, "norm_eps": 1e-24}
-        return Method(functools.partial(hetlora.hetlora, **settings), max(ranks), lr_common)
+        settings |= {"clients": first, "rank_min": 1, "gamma": gamma, "penalty": penalty, "prune": prune}
+        return Method(functools.partial(hetlora.hetlora, norm_eps=1e-24, **settings), max(ranks), lr_common)
 
     return {
         "pf2lora": ours("so"),
@@ -96,6 +108,7 @@ def methods(rank: int, client_rank: int, lr_common: float, lr_personal: float, i
         "hetlora_below": pruning((max(low - 1, 1),) * 2),
         "hetlora_low": pruning((low, low)),
         "hetlora_high": pruning((high, high)),
+        "hetlora_truncated": pruning((high, high), evaluate_global=True),
     }
 
 
@@ -106,7 +119,11 @@ def study(
     client_rank: int = 1,
     lr_personal: float = 0.3,
     lr_common: float = 0.03,
+    lr_meta: float = 0.01,
+    lr_inner: float = 0.1,
     interval: int = 10,
+    gamma: float = 0.99,
+    penalty: float = 1e-3,
     steps: int = 6000,
     seeds: int = 10,
     rank_tolerance: float = 1e-2,
@@ -118,12 +135,14 @@ def study(
     Args:
       rank, client_rank: r and r~; clients have the true ranks r - r~ and r + r~.
       lr_personal: alpha, step of SGD on personal adapters.
-      lr_common: eta, step of SGD on common ones, and on those of the baselines.
+      lr_common: eta, step of SGD on common ones, and on those of HOMLoRA and HETLoRA.
+      lr_meta, lr_inner: steps of SGD of Per-FedAvg, outside and inside of its objective; the second personalizes too.
       interval: local steps of a round.
+      gamma, penalty: of HETLoRA.
       steps: local steps in all, a multiple of `interval`.
       seeds: problems, 0 to seeds - 1, side by side.
       rank_tolerance: singular values count that exceed it times the largest.
-      records: points of each curve, at most.
+      records: points of each curve after its start, at most, as equally far apart as whole rounds can be.
       only: names of `methods`; by default all.
 
     Returns:
@@ -133,19 +152,18 @@ def study(
     Raises:
       ValueError: a number that does not fit, or an unknown method.
     """
-    _check(rank, client_rank, interval, steps, seeds)
-    table = methods(rank, client_rank, lr_common, lr_personal, interval)
+    _check(rank, client_rank, interval, steps, seeds, records)
+    rates = {"lr_common": lr_common, "lr_personal": lr_personal, "lr_meta": lr_meta, "lr_inner": lr_inner}
+    table = methods(rank, client_rank, **rates, interval=interval, gamma=gamma, penalty=penalty)
     unknown = [name for name in only if name not in table]
     if unknown:
         raise ValueError(f"only names {unknown[0]!r}, expected some of {', '.join(table)}")
     true_ranks = (rank - client_rank, rank + client_rank)
-    total = steps // interval
-    every = next(every for every in range(1, total + 1) if total % every == 0 and total // every <= records)
     summary: dict[str, Any] = {"study": "rank_recovery", "methods": {}}
     arrays: dict[str, np.ndarray] = {}
     for name in only or table:
         since = time.monotonic()
-        settings = {"interval": interval, "total": total, "every": every, "tolerance": rank_tolerance}
+        settings = {"interval": interval, "total": steps // interval, "records": records, "tolerance": rank_tolerance}
         curves = play(table[name], range(seeds), true_ranks, **settings)
         summary["methods"][name] = {
             "loss": curves.loss[:, -1].tolist(),
@@ -218,7 +236,7 @@ def play(
     *,
     interval: int,
     total: int,
-    every: int,
+    records: int,
     tolerance: float,
 ) -> Curves:
     """Runs one method on all seeds at once.
@@ -228,13 +246,14 @@ def play(
       true_ranks: C.
       interval: local steps of a round, each on all examples of a client.
       total: rounds.
-      every: rounds between two records.
+      records: after the start, at most.
       tolerance: singular values count that exceed it times the largest.
     """
     task, network, mesh = squared_error(), model(), rounds.make_mesh(1, 1)
     base, clients = network.init(jax.random.key(0)), len(true_ranks)
     ids = jnp.arange(clients, dtype=jnp.int32)
     cohort = Cohort(ids, jnp.full(clients, float(EXAMPLES)), jnp.ones(clients, bool))
+    recorded = np.rint(np.linspace(0, total, min(records, total) + 1)).astype(np.int32)
 
     def init_adapters(key, *, rank=method.rank, head="full"):
         del head  # there is none
@@ -258,24 +277,24 @@ def play(
             values = {name: spectra.singular_values(part) for name, part in spectra.levels(node, method.rank).items()}
             return jnp.mean(task.loss(outputs, y), -1), spectra.numerical_rank(values["sum"], tolerance), values
 
-        def play_round(carry, index):
+        def play_round(index, carry):
             server, states = carry
             server, states, _, _ = step(base, server, states, jnp.full(clients, index == 0), train, cohort, index, root)
-            return (server, states), None
+            return server, states
 
-        def record(carry, index):
-            carry, _ = jax.lax.scan(play_round, carry, index * every + jnp.arange(every))
+        def record(carry, between):
+            carry = jax.lax.fori_loop(*between, play_round, carry)
             return carry, judge(*carry, False)[:2]
 
         first = judge(server, states, True)[:2]
-        carry, records = jax.lax.scan(record, (server, states), jnp.arange(total // every))
-        losses, ranks = jax.tree.map(lambda one, more: jnp.concatenate([one[None], more]), first, records)
+        carry, further = jax.lax.scan(record, (server, states), (recorded[:-1], recorded[1:]))
+        losses, ranks = jax.tree.map(lambda one, more: jnp.concatenate([one[None], more]), first, further)
         return losses, ranks, judge(*carry, False)[2]
 
     data = [problem(seed, true_ranks) + draws(seed, method.rank, method.client_rank, clients) for seed in seeds]
     arrays = (jnp.asarray(np.stack(arrays), jnp.zeros(0).dtype) for arrays in zip(*data, strict=True))
     curves = jax.device_get(jax.jit(jax.vmap(one_seed))(jnp.asarray(seeds, jnp.int32), *arrays))
-    return Curves(np.arange(total // every + 1) * every, *curves)
+    return Curves(recorded, *curves)
 
 
 def _starting_at(method: Algorithm, a: Array, c: Array) -> Algorithm:
@@ -308,7 +327,7 @@ def _batches(x: Array, y: Array, steps: int, copies: int = 1) -> Batches:
     return Batches({"x": repeat(x)}, repeat(y), weights, jnp.zeros((len(x), steps), jnp.int32))
 
 
-def _check(rank: int, client_rank: int, interval: int, steps: int, seeds: int) -> None:
+def _check(rank: int, client_rank: int, interval: int, steps: int, seeds: int, records: int) -> None:
     if not 1 <= client_rank < rank:
         raise ValueError(f"client_rank is {client_rank}, expected 1 to rank - 1, which is {rank - 1}")
     if rank + client_rank > WIDTH:
@@ -317,3 +336,5 @@ def _check(rank: int, client_rank: int, interval: int, steps: int, seeds: int) -
         raise ValueError(f"steps is {steps}, expected a positive multiple of interval, which is {interval}")
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}, expected 1 or more")
+    if records < 1:
+        raise ValueError(f"records is {records}, expected 1 or more")

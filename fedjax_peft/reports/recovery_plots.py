@@ -1,12 +1,15 @@
 """Pictures of the synthetic study: losses, learnt ranks and singular values."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import axes, figure
 
 from fedjax_peft.reports import rank_plots, spectrum_plots
+
+LINES = ("-", "--", ":", "-.")
 
 
 def losses(rounds: np.ndarray, loss: Mapping[str, np.ndarray], true_ranks: Sequence[int]) -> figure.Figure:
@@ -19,10 +22,10 @@ def losses(rounds: np.ndarray, loss: Mapping[str, np.ndarray], true_ranks: Seque
     """
     picture, panels = _panels("loss of each client: median and middle half of the seeds", len(true_ranks))
     for client, panel in enumerate(panels):
-        for (name, values), (color, marker) in zip(loss.items(), _styles(), strict=False):
+        for (name, values), style in zip(loss.items(), _styles(), strict=False):
             low, middle, high = np.quantile(values[:, :, client], (0.25, 0.5, 0.75), axis=0)
-            panel.plot(rounds, middle, color=color, marker=marker, markevery=0.1, markersize=3, linewidth=1, label=name)
-            panel.fill_between(rounds, low, high, color=color, alpha=0.12, linewidth=0)
+            panel.plot(rounds, middle, label=name, **style)
+            panel.fill_between(rounds, low, high, color=style["color"], alpha=0.12, linewidth=0)
         panel.set(yscale="log", xlabel="round", title=f"client {client + 1}, true rank {true_ranks[client]}")
     panels[0].set_ylabel("loss")
     panels[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -33,9 +36,8 @@ def learnt(rounds: np.ndarray, ranks: Mapping[str, np.ndarray], true_ranks: Sequ
     """Mean over seeds of each client's numerical rank; arguments as in `losses`."""
     picture, panels = _panels("learnt rank of each client: mean over seeds", len(true_ranks))
     for client, panel in enumerate(panels):
-        for (name, values), (color, marker) in zip(ranks.items(), _styles(), strict=False):
-            mean = values[:, :, client].mean(axis=0)
-            panel.plot(rounds, mean, color=color, marker=marker, markevery=0.1, markersize=3, linewidth=1, label=name)
+        for (name, values), style in zip(ranks.items(), _styles(), strict=False):
+            panel.plot(rounds, values[:, :, client].mean(axis=0), label=name, **style)
         panel.axhline(true_ranks[client], color="0.1", linestyle="--", linewidth=1)
         panel.set(xlabel="round", title=f"client {client + 1}, true rank {true_ranks[client]} (dashed)")
         panel.set_ylim(bottom=-0.2)
@@ -75,5 +77,8 @@ def _panels(title: str, count: int) -> tuple[figure.Figure, Sequence[axes.Axes]]
     return picture, panels
 
 
-def _styles():
-    return itertools.cycle(rank_plots.METHODS)
+def _styles() -> Iterator[dict[str, Any]]:
+    """One for each method: those of other pictures first, then with broken lines."""
+    for line, (color, marker) in itertools.cycle(itertools.product(LINES, rank_plots.METHODS)):
+        style = {"color": color, "marker": marker, "linestyle": line, "linewidth": 1}
+        yield style | {"markevery": 0.1, "markersize": 3}
