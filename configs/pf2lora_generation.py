@@ -1,8 +1,16 @@
 """PF2LoRA on data to text: WebNLG, whole categories a client, and E2E, one kind of food a client.
 
-    fedjax-peft run --config=configs/pf2lora_generation.py:webnlg --workdir=runs/webnlg
-    fedjax-peft run --config=configs/pf2lora_generation.py:e2e,homlora --workdir=runs/e2e-homlora
-    fedjax-peft run --config=configs/pf2lora_generation.py:webnlg,pf2lora,published --workdir=runs/webnlg-published
+    fedjax-peft run --config=configs/pf2lora_generation.py:webnlg --config.data.source=FOLDER --workdir=runs/webnlg
+    fedjax-peft run --config=configs/pf2lora_generation.py:e2e,homlora --config.data.source=FOLDER \
+        --workdir=runs/e2e-homlora
+    fedjax-peft run --config=configs/pf2lora_generation.py:webnlg,pf2lora,published --config.data.source=FOLDER \
+        --workdir=runs/webnlg-published
+
+FOLDER holds train.parquet and test.parquet, or other kinds of files, with the columns `category`, `triples` and
+`references` of WebNLG, both lists of texts, or `meaning_representation` and `human_reference` of E2E, such as the
+parquet files that the hub made of tuetschek/e2e_nlg. (The copies on the hub come with programs, which are no longer
+run.) Where there is no test split, --config.data.test=validation; FOLDER may be one file too, of whose rows tests are
+then held out, and the validation file of E2E is enough for the small version.
 
 Paper: Hao et al., PF2LoRA, arXiv 2503.03920, with GPT-2 Medium and XL; how it divides the data, rounds and step sizes
 are not public and ours. `published` is GPT-2 Medium with the recipe that LoRA's authors published for it (rank 4, alpha
@@ -28,9 +36,12 @@ MEASURES = {
 def get_config(variant: str = "webnlg"):
     data, method, size = (variant.split(",") + ["pf2lora", "small"][variant.count(",") :])[:3]
     algorithm, settings, minibatches = METHODS[method]
+    measures = MEASURES[data]
+    if size not in ("small", "published"):
+        raise ValueError(f"size is {size!r}, expected 'small' or 'published'")
     config = experiment.default_config()
     config.data.name = data
-    config.data.source = {"webnlg": "GEM/web_nlg", "e2e": "GEM/e2e_nlg"}[data]
+    config.data.source = "FOLDER"
     # The validation split of E2E, enough for the small version, has two kinds of food, and restaurants without any.
     config.data.clients = config.cohort = 3 if (data, size) == ("e2e", "small") else 8
     config.adapter.rank = 6 if method == "hetlora" else 4
@@ -54,7 +65,7 @@ def get_config(variant: str = "webnlg"):
         config.schedule.warmup = 50
         config.evaluate.every = 50
         config.evaluate.generate = 64
-        config.evaluate.measures = MEASURES[data]
+        config.evaluate.measures = measures
         config.evaluate.decoding.update({"method": "beam", "beams": 10, "length_penalty": 0.8})
         config.evaluate.decoding.update({"no_repeat": 4, "repeat_prompt": True})
     else:

@@ -1,13 +1,12 @@
 """PF2LoRA on SQuAD: four clients, whole titles each; exact match and F1 of answers found in windows of a text.
 
-    fedjax-peft run --config=configs/pf2lora_squad.py --workdir=runs/squad
+    fedjax-peft run --config=configs/pf2lora_squad.py --config.data.source=FOLDER --workdir=runs/squad
     fedjax-peft run --config=configs/pf2lora_squad.py:pf2lora,v1 --workdir=runs/squad-v1
 
 Paper: Hao et al., PF2LoRA, arXiv 2503.03920, with DeBERTa-v3 on SQuAD v1.1 and v2.0; partition, rounds and step sizes
 are ours, since the paper's are not public. A variant is METHOD,SIZE: `v1` and `v2` are the published sizes with BERT in
-DeBERTa's place (hub and accelerator); the small version reads a folder with train.parquet (columns `context_id`,
-`context`, `question`, `answers`), MiniLM and short windows: --config.data.source=FOLDER. Its results are still to be
-measured.
+DeBERTa's place (hub and accelerator); the small version has MiniLM and short windows and reads a FOLDER with
+train.parquet (columns `context_id`, `context`, `question`, `answers`). Its results are still to be measured.
 """
 
 from fedjax_peft import experiment
@@ -23,6 +22,8 @@ METHODS = {
 def get_config(variant: str = "pf2lora"):
     method, size = (variant.split(",") + ["small"])[:2]
     algorithm, settings, minibatches = METHODS[method]
+    if size not in ("small", "v1", "v2"):
+        raise ValueError(f"size is {size!r}, expected 'small', 'v1' or 'v2'")
     config = experiment.default_config()
     config.data.name = "squad"
     config.data.clients = config.cohort = 4

@@ -230,6 +230,19 @@ def test_whole_groups_go_to_the_client_with_fewest_rows():
         data_to_text.whole_groups({"train": train}, clients=6, seed=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "row", "missing"),
+    [
+        ("webnlg", {"category": "Food", "input": ["a | b | c"], "references": ["c is b"]}, "triples"),
+        ("e2e", {"meaning_representation": "name[a]", "target": "a"}, "human_reference"),
+    ],
+)
+def test_a_copy_with_other_columns_is_refused_by_name(name, row, missing, tmp_path):
+    source = write(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(ValueError, match=f"has no column '{missing}', only {', '.join(row)}"):
+        getattr(data_to_text, name)(LETTERS, source=source, max_length=60, clients=1)
+
+
 def test_meanings_are_trained_on_with_all_references_and_tested_once(tmp_path):
     rows = [
         {

@@ -37,9 +37,13 @@ def webnlg(
       source: file or folder, columns `category`, `triples` and `references`, both lists of texts.
       test: split of tests; without one, as in a file, they are held out of each client's rows.
       seed: of the order of rows.
+
+    Raises:
+      ValueError: a column is missing, or there are fewer categories than clients.
     """
+    columns = ("category", "triples", "references")
     splits = text_data.splits(source, train, test)
-    tables = {name: prompted.read(source, split) for name, split in splits.items()}
+    tables = {name: text_data.read(source, split=split, columns=columns) for name, split in splits.items()}
     dealt = whole_groups({name: table["category"] for name, table in tables.items()}, clients=clients, seed=seed)
     groups = federated.groups(tables["train"], "category", dealt["train"])
     rows, dealt = prompted.stacked(tables, dealt)
@@ -67,9 +71,14 @@ def e2e(
       slot: `food`, `near` or `name`; to be without it is a value as well.
       test: split of tests; without one, as in a file, they are held out of each client's meanings.
       seed: of the order of rows.
+
+    Raises:
+      ValueError: a column is missing, or there are fewer values than clients.
     """
+    columns = ("meaning_representation", "human_reference")
     splits = text_data.splits(source, train, test)
-    tables = {name: _meanings(prompted.read(source, split), slot) for name, split in splits.items()}
+    read = {name: text_data.read(source, split=split, columns=columns) for name, split in splits.items()}
+    tables = {name: _meanings(table, slot) for name, table in read.items()}
     dealt = whole_groups({name: table["value"] for name, table in tables.items()}, clients=clients, seed=seed)
     groups = federated.groups(tables["train"], "value", dealt["train"])
     rows, dealt = prompted.stacked(tables, dealt)
