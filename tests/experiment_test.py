@@ -87,6 +87,9 @@ def test_ranks_of_weights_and_correlations_are_recorded(load, tmp_path):
     assert "global" in summary["pools"]["seen"]  # as after each round, before a client adapts any further
     rows = metrics.read_rows(tmp_path / "strategies.parquet")
     assert {len(row["singular_sum"]) for row in rows} == {5} and {row["rank_personal"] for row in rows} <= {0, 1, 2}
+    end = summary["rounds"]
+    assert {(row["round"], row["point"]) for row in rows} == {(0, "global"), (end, "global"), (end, "personal")}
+    assert not any(any(row["singular_sum"]) for row in rows if not row["round"])
 
 
 def test_personalization_may_go_on_where_training_ended(load):

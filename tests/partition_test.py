@@ -130,21 +130,44 @@ def test_shards_hold_few_classes():
     assert (counts.sum(1) == 60).all() and ((counts > 0).sum(1) <= 2).all()
 
 
+COLA, SST2, QNLI, MNLI = (2528, 6023), (29780, 37569), (52366, 52377), (130899, 130900, 130903)
+
+
 @pytest.mark.parametrize(
     "counts, h, size, expected",
     [
-        ((2528, 6023), 0.3, 1068, [0.52, 0.50, 0.31, 0.21, 0.20, 0.19, 0.21, 0.23]),
-        ((2528, 6023), 0.9, 1068, [0.93, 0.93, 0.36, 0.03, 0.02, 0.04, 0.03, 0.03]),
-        ((29780, 37569), 0.9, 8417, [0.95, 0.95, 0.94, 0.53, 0.04, 0.05, 0.05, 0.05]),
-        ((29780, 37569), 0.3, 8418, [0.61, 0.61, 0.61, 0.47, 0.31, 0.31, 0.31, 0.32]),
+        (COLA, 0.9, 1068, [0.93, 0.93, 0.36, 0.03, 0.02, 0.04, 0.03, 0.03]),
+        (SST2, 0.3, 8418, [0.61, 0.61, 0.61, 0.47, 0.31, 0.31, 0.31, 0.32]),
+        (SST2, 0.9, 8417, [0.95, 0.95, 0.94, 0.53, 0.04, 0.05, 0.05, 0.05]),
+        (QNLI, 0.3, 13092, [0.65] * 4 + [0.35] * 4),
+        (QNLI, 0.9, 13092, [0.95] * 4 + [0.05] * 4),
+        (MNLI, 0.3, 49087, [0.53, 0.53, 0.44, 0.23, 0.23, 0.23, 0.23, 0.23]),
+        (MNLI, 0.9, 49087, [0.93, 0.93, 0.63, 0.03, 0.03, 0.03, 0.03, 0.03]),
     ],
 )
-def test_label_sorting_of_cola_and_sst2(counts, h, size, expected):
-    splits = {"train": {"label": np.repeat([0, 1], counts)}}
-    parts = partition.label_sort(splits, clients=8, h=h)
-    found = histograms(splits, parts, classes=2)
-    np.testing.assert_array_equal(found.sum(1), size)
-    np.testing.assert_allclose(found[:, 0] / size, expected, atol=0.04)  # both sides are random draws
+def test_label_sorting_of_glue(counts, h, size, expected):
+    found = sorted_shares(counts, h)
+    assert found[1] == size
+    np.testing.assert_allclose(found[0], expected, rtol=0, atol=0.02)
+
+
+def test_label_sorting_of_few_rows_has_these_shares_on_average():
+    # A single client's share of CoLA at 0.3 has a standard deviation of 0.011.
+    shares, size = zip(*(sorted_shares(COLA, 0.3, seed) for seed in range(20)), strict=True)
+    assert set(size) == {1068}
+    even, block = 748 * 2528 / sum(COLA), 320  # rows of class 0 in what is dealt out evenly; sorted rows of a client
+    expected = (even + np.array([block, block, 758 - 2 * block, 0, 0, 0, 0, 0])) / 1068
+    np.testing.assert_allclose(np.mean(shares, axis=0), expected, rtol=0, atol=0.01)
+    np.testing.assert_allclose(expected, [0.52, 0.50, 0.31, 0.21, 0.20, 0.19, 0.21, 0.23], rtol=0, atol=0.025)
+
+
+def sorted_shares(counts, h, seed=1234):
+    """(share of the first class of each of eight clients, how many rows all of them have)."""
+    splits = {"train": {"label": np.repeat(np.arange(len(counts)), counts)}}
+    parts = partition.label_sort(splits, clients=8, h=h, seed=seed)
+    found = histograms(splits, parts, classes=len(counts))
+    (size,) = set(found.sum(1).tolist())
+    return found[:, 0] / size, size
 
 
 def test_label_sorting_can_leave_the_test_split_unskewed():
