@@ -82,6 +82,8 @@ def make(config: ConfigDict, model: Model, task: Task, base: PyTree, clients: in
     init_adapters = initializer(config, base)
     settings = _settings(config)
     factory = find(settings.pop("name"))
+    if config.algorithm.name == "fedamole" and config.base.name == "feddpa":
+        raise ValueError("algorithm fedamole cannot go on from base.name 'feddpa': mixtures do not join clients' LoRAs")
     if "clients" in inspect.signature(factory).parameters:
         settings = {"clients": clients} | settings
     if config.server.name != "average" or config.server.learning_rate is not None:
@@ -172,6 +174,8 @@ def strategy(config: ConfigDict, base: PyTree) -> loop.Strategy | None:
     """What is recorded of a client at each site: ranks that a budget leaves or its weights have, or experts held."""
     budgets, spectral = tuple(config.personalize.budgets), config.evaluate.spectra
     mixed = config.algorithm.name == "fedamole"
+    if mixed and spectral:
+        raise ValueError("evaluate.spectra is of LoRAs, expected False with algorithm fedamole, whose clients mix them")
     if not budgets and not spectral and not mixed:
         return None
     ranks.check_budgets(budgets, config.adapter.rank)
