@@ -104,6 +104,16 @@ def check_assignment(folder):
     assert (folder / "plots" / "experts.png").stat().st_size > 10_000
 
 
+def test_one_client_alone_holds_every_expert(source, tmp_path):
+    config = configured(source, **MIXTURE | {"experts": 2, "expert_choices": 1})
+    config.data.partition = {"name": "iid", "clients": 1, "seed": 0}
+    config.rounds = config.cohort = config.run.chunk = 1
+    config.evaluate.generate = 0
+    found = experiment.run(config, str(tmp_path))["pools"]["seen"]
+    assert found["personal"]["clients"] == 1 and found["personal"]["loss"]["mean"] < found["base"]["loss"]["mean"]
+    assert {tuple(row["experts"]) for row in metrics.read_rows(tmp_path / "strategies.parquet")} == {(0, 1)}
+
+
 def test_greedy_answers_agree_with_exact_matches(source, tmp_path):
     """An answer that greedy generation gives word for word is one all of whose tokens are chosen."""
     config = configured(source)
@@ -232,6 +242,24 @@ MISTAKES = [
     ({"decoding.method": "sampled", "decoding.top_p": 0.0}, "top_p is 0.0, expected above 0"),
     ({"decoding": {"method": "greedy", "beam": 2}}, "evaluate.decoding.beam is no key of a config; is beams meant"),
 ]
+
+
+FEDDPA = {"name": "feddpa", "cohort": 4, "train": {"steps": 1}, "adapter": {"targets": "q_proj,v_proj", "rank": 2}}
+MIXED = [
+    ({"data": {"aux": 0.0}}, "reads examples held out of training, but data.name 'instructions' holds none out"),
+    ({"evaluate": {"spectra": True}}, "evaluate.spectra is of LoRAs, expected False with algorithm fedamole"),
+    ({"base": FEDDPA}, "fedamole cannot go on from base.name 'feddpa'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "sentence"), MIXED)
+def test_what_mixtures_do_not_go_with_gets_a_sentence(source, tmp_path, changes, sentence):
+    config = configured(source, **MIXTURE)
+    with config.unlocked():
+        config.update(changes)
+    with pytest.raises(ValueError, match=sentence):
+        experiment.run(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("changes", "sentence"), MISTAKES)

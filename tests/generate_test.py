@@ -305,29 +305,39 @@ def test_what_a_model_cannot_do_gets_a_sentence():
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """The same random weights in transformers and here."""
+def pairs(tmp_path_factory):
+    """(kind) -> the same random weights in transformers and here."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**decoder.config())).eval()
-    folder = tmp_path_factory.mktemp("llama")
-    theirs.save_pretrained(folder)
-    return torch, theirs, hf.load(folder, labels=0, head="lm", key=KEY)
+    names = {"llama": ("LlamaConfig", "LlamaForCausalLM"), "qwen2": ("Qwen2Config", "Qwen2ForCausalLM")}
+    names |= {"gpt2": ("GPT2Config", "GPT2LMHeadModel")}
+
+    @functools.cache
+    def pair(kind):
+        torch.manual_seed(0)
+        settings, build = (getattr(transformers, name) for name in names[kind])
+        theirs = build(settings(**decoder.config(kind))).eval()
+        folder = tmp_path_factory.mktemp(kind)
+        theirs.save_pretrained(folder)
+        return torch, theirs, hf.load(folder, labels=0, head="lm", key=KEY)
+
+    return pair
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize(
-    ("ends", "settings"),
+    ("kind", "ends", "settings"),
     [
-        (2, {"no_repeat": 2}),
-        (1, {"beams": 3, "length_penalty": 1.0}),
-        (2, {"beams": 3, "length_penalty": 1.0, "early_stopping": True}),
-        (1, {"beams": 10, "length_penalty": 0.8, "no_repeat": 4}),
-        (2, {"beams": 4, "length_penalty": -1.0, "no_repeat": 2}),
+        ("qwen2", 1, {}),
+        ("gpt2", 1, {}),
+        ("llama", 2, {"no_repeat": 2}),
+        ("llama", 1, {"beams": 3, "length_penalty": 1.0}),
+        ("llama", 2, {"beams": 3, "length_penalty": 1.0, "early_stopping": True}),
+        ("llama", 1, {"beams": 10, "length_penalty": 0.8, "no_repeat": 4}),
+        ("llama", 2, {"beams": 4, "length_penalty": -1.0, "no_repeat": 2}),
     ],
 )
-def test_transformers_say_the_same(pair, ends, settings):
-    torch, theirs, ours = pair
+def test_transformers_say_the_same(pairs, kind, ends, settings):
+    torch, theirs, ours = pairs(kind)
     inputs = decoder.inputs((12, 9, 6, 5), left=True, width=12, seed=1)
     given = {"input_ids": inputs["tokens"], "attention_mask": inputs["mask"]}
     given = {name: torch.tensor(np.asarray(leaf, int)) for name, leaf in given.items()}
