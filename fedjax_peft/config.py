@@ -1,13 +1,14 @@
 """What an experiment can be told: all keys with their defaults, and the config of its first stage."""
 
 import copy
-import difflib
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
+
+from fedjax_peft import settings as settings_lib
 
 
 def default_config() -> ConfigDict:
@@ -133,16 +134,20 @@ def stage_one(config: ConfigDict) -> ConfigDict:
         stage[key] = copy.deepcopy(config[key])
     check_keys(own, "base.")
     for settings in (BASES[name], own):
-        for key, value in settings.items():
-            if isinstance(value, dict):
-                stage[key].update(value)
-            else:
-                stage[key] = value
+        update(stage, settings, "base")
     return stage
 
 
+def update(config: ConfigDict, settings: Mapping[str, Any], key: str) -> None:
+    """Replaces what `settings` have, which stand at `key`. Raises ValueError for a value of another type."""
+    try:
+        config.update(settings)
+    except TypeError as error:
+        raise ValueError(f"{key}: {' '.join(str(error).split())}") from None
+
+
 def check_keys(settings: Mapping[str, Any], prefix: str = "", known: Mapping[str, Any] | None = None) -> None:
-    """Raises ValueError for a key that no config has, and for a section that is none.
+    """Raises ValueError for a key that no config has, a section that is none, and a None where one cannot be.
 
     Args:
       settings: of a config, or of a part of it.
@@ -152,10 +157,11 @@ def check_keys(settings: Mapping[str, Any], prefix: str = "", known: Mapping[str
     known = default_config().to_dict() if known is None else known
     for key, value in settings.items():
         if key not in known:
-            similar = difflib.get_close_matches(key, known, 1)
-            raise ValueError(f"{prefix}{key} is no key of a config{f'; is {similar[0]} meant?' if similar else ''}")
+            raise ValueError(f"{prefix}{key} is no key of a config{settings_lib.similar(key, known)}")
         if isinstance(known[key], dict) != isinstance(value, Mapping):
             raise ValueError(f"{prefix}{key} is {value!r}, expected what {key} is in a config")
+        if value is None and known[key] is not None and key != "every":
+            raise ValueError(f"{prefix}{key} is None, expected something like {known[key]!r}")
         if isinstance(value, Mapping) and key not in OPEN:
             check_keys(value, f"{prefix}{key}.", known[key])
 
@@ -234,14 +240,24 @@ def named(key: str, name: str, known: Mapping[str, Callable]) -> Callable:
 
 
 def called(key: str, function: Callable, *arguments: Any, **settings: Any) -> Any:
-    """Calls a function with the settings of one config section; a key that it does not have is the user's mistake."""
+    """Calls a function with the settings of one config section; what it cannot take is the user's mistake."""
+    return call(key, function, arguments, settings)
+
+
+def call(
+    key: str,
+    function: Callable,
+    arguments: Sequence[Any],
+    settings: Mapping[str, Any],
+    elsewhere: Mapping[str, str] | None = None,
+) -> Any:
+    """`called`, where some settings come from other sections: `elsewhere`, as in `settings.check`."""
+    settings_lib.check(key, function, settings, positional=len(arguments), elsewhere=elsewhere)
     try:
         return function(*arguments, **settings)
     except TypeError as error:
-        missing = re.search(r"missing \d+ required .*arguments?: (.*)", str(error))
-        if missing is not None and f"{function.__name__}()" in str(error):
-            raise ValueError(f"{key} {settings.get('name', function.__name__)} needs {missing[1]}") from None
+        # From a function that it passed them on to.
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown is None or unknown[1] not in settings:
             raise
-        raise ValueError(f"{key}.{unknown[1]} is not a setting of {function.__name__}") from None
+        raise ValueError(settings_lib.unknown(key, unknown[1], function, (), elsewhere)) from None

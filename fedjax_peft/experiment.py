@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -22,11 +23,12 @@ from fedjax_peft import (
     rounds,
 )
 from fedjax_peft import ground as grounds
+from fedjax_peft import settings as settings_lib
 from fedjax_peft.config import called, check_numbers, checked, default_config, identity, stage_one
-from fedjax_peft.data import tokenizers
+from fedjax_peft.data import prompted, tokenizers
 from fedjax_peft.ground import Ground
 from fedjax_peft.stage import Stage, knowing
-from fedjax_peft.types import Model, PyTree
+from fedjax_peft.types import Algorithm, Model, PyTree
 
 __all__ = ["default_config", "personalized", "rebuilt", "run"]
 
@@ -52,6 +54,8 @@ def run(config: ConfigDict, workdir: str, begin: Callable[[str], None] = lambda 
     stages = _stages(config)
     for stage in stages:
         check_numbers(stage)
+    # Most data divide their rows by these, without naming them.
+    settings_lib.check_types("data", prompted.Division, config.data.to_dict())
     if config.evaluate.every is None:
         raise ValueError("evaluate.every is None, expected 1 or more rounds; the base and the end are always evaluated")
     manifest.check(workdir, identity(config))
@@ -65,7 +69,7 @@ def run(config: ConfigDict, workdir: str, begin: Callable[[str], None] = lambda 
     if len(stages) == 2:
         folder = _base_workdir(config, workdir)
         _train(stages[0], ground, built[0], folder, begin, last=False)
-        ground, _ = _further(ground, built[0], folder)
+        ground, _ = _further(ground, built[0], folder, config.run.chunk)
         built[-1] = Stage.make(config, ground)
     return _train(config, ground, built[-1], workdir, begin)
 
@@ -117,7 +121,7 @@ def rebuilt(workdir: epath.PathLike) -> Rebuilt:
     ground = grounds.load(config, first.seed)
     _check_same(workdir, found["sha256"], ground.hashes | own)
     if further:
-        ground, shared = _further(ground, Stage.make(first, ground), folder)
+        ground, shared = _further(ground, Stage.make(first, ground), folder, config.run.chunk)
         _check_same(workdir, found["sha256"], ground.hashes)
     stage = Stage.make(config, ground)
     base = rounds.shard_base(ground.pretrained.base, stage.mesh)
@@ -156,7 +160,7 @@ def _base_workdir(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
     return epath.Path(config.run.base_workdir or epath.Path(workdir) / "base")
 
 
-def _further(ground: Ground, stage: Stage, workdir: epath.PathLike) -> tuple[Ground, PyTree]:
+def _further(ground: Ground, stage: Stage, workdir: epath.PathLike, chunk: int) -> tuple[Ground, PyTree]:
     """The ground after stage 1: what it trained, returned too, is merged into the base; what clients kept is beside."""
     federation = ground.federation
     server, people = loop.final(stage.algorithm, stage.mesh, len(federation.names), workdir)
@@ -165,7 +169,7 @@ def _further(ground: Ground, stage: Stage, workdir: epath.PathLike) -> tuple[Gro
     pretrained = ground.pretrained._replace(base=adapters.merge(ground.pretrained.base, shared))
     parts = None
     if stage.algorithm.part is not None:
-        parts = jax.device_get(rounds.parts(stage.algorithm, server, population.everyone(people), people.known))
+        parts = _parts(stage.algorithm, server, people, chunk or 8)
         seen = federation.pools["seen"]
         missing = int((~people.known[seen]).sum())
         logging.info("%d seen clients were never in a cohort of stage 1 and have the initial part", missing)
@@ -173,6 +177,34 @@ def _further(ground: Ground, stage: Stage, workdir: epath.PathLike) -> tuple[Gro
         federation = federation._replace(pools={"seen": seen})
     hashes = ground.hashes | {"stage1": manifest.digest((shared, parts))}
     return ground._replace(federation=federation, pretrained=pretrained, hashes=hashes, parts=parts), shared
+
+
+def _parts(algorithm: Algorithm, server: PyTree, people: population.Population, group: int) -> PyTree:
+    """What of its base belongs to each client, `[N, ..]` on the host, of which a device holds `group` at once.
+
+    Clients that were never in a cohort share the initial part.
+    """
+    here, count, known = jax.process_index(), jax.process_count(), people.known
+    anybody = population.take(people, np.zeros(1, np.int32))
+    initial = jax.device_get(rounds.parts(algorithm, server, anybody, np.zeros(1, bool)))
+
+    def room(leaf):
+        # Zeros are mapped and not touched: where that is the initial part, as of tables, it takes no memory.
+        every = np.zeros((len(known), *leaf.shape[1:]), leaf.dtype)
+        if leaf.any():
+            every[~known] = leaf
+        return every
+
+    whole = jax.tree.map(room, initial)
+    for start in range(0, len(known), group * count):
+        ids = np.arange(start, min(start + group * count, len(known)))
+        own, took = ids[ids % count == here], known[ids]
+        if took.any():
+            states = population.everyone(people._replace(states=population.take(people, own), known=took))
+            made = jax.device_get(rounds.parts(algorithm, server, states, took))
+            for every, own in zip(*map(jax.tree.leaves, (whole, made)), strict=True):
+                every[ids[took]] = own[took]
+    return whole
 
 
 def _train(

@@ -1,5 +1,6 @@
 """The command line: `fedjax-peft run --config=configs/quickstart.py --workdir=DIR`."""
 
+import functools
 import logging
 import pathlib
 import re
@@ -14,7 +15,7 @@ USAGE = """usage: fedjax-peft COMMAND [flags]
 
   run     --config=FILE.py[:VARIANT] --workdir=DIR [--config.KEY=VALUE ..]   run an experiment, or go on with it
           [--coordinator=HOST:PORT|auto --processes=N --process=I]           as one of several processes
-  report  WORKDIR [WORKDIR ..]                    table and plots of a finished run, or one table of several runs
+  report  WORKDIR [WORKDIR .. --plots=FOLDER]     table and plots of a finished run, or one table of several runs
   gains   METHOD WORKDIR [WORKDIR ..]             how much better it is than the best other method, by three averages
   bench   [--clients=1,8 --batch=8 --tokens=64 --chunk=2 --lengths=full|natural --dtype=float32|bfloat16 --scan
            --model=minilm --rank=8 --steps=4 --repeats=5 --notorch --output=bench.json]
@@ -79,11 +80,16 @@ def run(arguments: list[str]) -> None:
 
 def report(arguments: list[str]) -> None:
     """`report`: see USAGE."""
+    own = flags.FlagValues()
+    flags.DEFINE_string("plots", None, "folder for pictures of several runs", flag_values=own)
+    workdirs = [argument for argument in arguments if not argument.startswith("-")]
+    _parse(own, [argument for argument in arguments if argument not in workdirs], ())
+    if not workdirs:
+        raise ValueError("report needs one or more run directories: fedjax-peft report WORKDIR [WORKDIR ..]")
     from fedjax_peft.reports import report as reports
 
-    if not arguments or arguments[0].startswith("-"):
-        raise ValueError("report needs one or more run directories: fedjax-peft report WORKDIR [WORKDIR ..]")
-    reports.show(arguments[0]) if len(arguments) == 1 else reports.compare(arguments)
+    several = len(workdirs) > 1 or own.plots
+    reports.compare(workdirs, own.plots) if several else reports.show(workdirs[0])
 
 
 def gains(arguments: list[str]) -> None:
@@ -176,11 +182,17 @@ def _flags(arguments: list[str], needed: dict[str, str], further: flags.FlagValu
     for name, text in needed.items():
         flags.DEFINE_string(name, None, text, flag_values=values)
     values.append_flag_values(further or flags.FlagValues())
-    _parse(values, arguments, ("config", *needed))
+    # What reads a text or a number takes None for one, or refuses it.
+    unset = [re.fullmatch(r"--config\.([\w.]+)=None", argument) for argument in arguments]
+    told = [argument for argument, key in zip(arguments, unset, strict=True) if key is None]
+    _parse(values, told, ("config", *needed))
     try:
         values.config.keys()
     except OSError as error:
         raise ValueError(" ".join(str(error).split())) from None
+    for key in filter(None, unset):
+        *sections, name = key[1].split(".")
+        functools.reduce(lambda config, section: config[section], sections, values.config)[name] = None
     return values
 
 
@@ -193,7 +205,7 @@ def _parse(values: flags.FlagValues, arguments: list[str], needed: Sequence[str]
     except (flags.Error, OSError, AttributeError, TypeError) as error:
         raise ValueError(_sentence(str(error))) from None
     if rest:
-        known = [f"--{name}=.." for name in needed] + ["--config.KEY=VALUE"] * ("config" in needed)
+        known = [f"--{name}=.." for name in needed or values] + ["--config.KEY=VALUE"] * ("config" in needed)
         raise ValueError(f"{rest[0]!r} is no flag; flags are {', '.join(known)}")
     for name in needed:
         if values[name].value is None:

@@ -5,18 +5,24 @@ import hashlib
 import inspect
 import pathlib
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from fedjax_peft import adapters, aggregate, algorithms, local, loop, ranks, spectra, tasks
-from fedjax_peft.algorithms import expert_embeddings, fedprompt, mutual, personal_base
-from fedjax_peft.config import called, check_keys, named
+from fedjax_peft import settings as settings_lib
+from fedjax_peft.algorithms import bayestune, expert_embeddings, fedavg, fedl2p, fedprompt, mutual, personal_base
+from fedjax_peft.config import call, called, check_keys, default_config, named, update
 from fedjax_peft.data import federations
 from fedjax_peft.ground import make_tokenizer
 from fedjax_peft.types import Algorithm, Model, PyTree, Task
+
+PASSED_ON = (fedavg.fedavg, bayestune.Scales, fedl2p.AdamW)
+"""What methods make of settings that they do not name themselves."""
+DIFFERENCES = {"hvp": "fd", "order": "hf"}
+"""Settings of methods that then take differences of gradients over small steps."""
 
 
 def find(name: str) -> Callable[..., Algorithm]:
@@ -82,20 +88,48 @@ def make(config: ConfigDict, model: Model, task: Task, base: PyTree, clients: in
     init_adapters = initializer(config, base)
     settings = _settings(config)
     factory = find(settings.pop("name"))
-    if config.algorithm.name == "fedamole" and config.base.name == "feddpa":
-        raise ValueError("algorithm fedamole cannot go on from base.name 'feddpa': mixtures do not join clients' LoRAs")
+    _check_settings(config, factory, settings)
+    elsewhere = {}
     if "clients" in inspect.signature(factory).parameters:
         settings = {"clients": clients} | settings
     if config.server.name != "average" or config.server.learning_rate is not None:
         settings["server_optimizer"] = called("server", aggregate.server_optimizer, **config.server)
+        key = "learning_rate" if config.server.name == "average" else "name"
+        elsewhere["server_optimizer"] = f"server.{key} is {config.server[key]!r}"
     # A method that has no use for one is spared the one that changes nothing.
     if config.rounds and (_takes(factory, "schedule") or config.schedule.name != "constant"):
         settings["schedule"] = called("schedule", local.make_schedule, rounds=config.rounds, **config.schedule)
+        elsewhere["schedule"] = f"schedule.name is {config.schedule.name!r}"
     optimizer = called("optimizer", local.make_optimizer, **config.optimizer)
-    if not parts:
-        return called("algorithm", factory, model, task, init_adapters, optimizer, **settings)
-    own = called("algorithm", factory, personal_base.beside(model), task, init_adapters, optimizer, **settings)
-    return personal_base.personal_base(own)
+    own = personal_base.beside(model) if parts else model
+    method = call("algorithm", factory, (own, task, init_adapters, optimizer), settings, elsewhere)
+    return personal_base.personal_base(method) if parts else method
+
+
+def _check_settings(config: ConfigDict, factory: Callable, settings: dict[str, Any]) -> None:
+    """Raises ValueError for what the method itself does not see."""
+    if config.algorithm.name == "fedamole" and config.base.name == "feddpa":
+        raise ValueError("algorithm fedamole cannot go on from base.name 'feddpa': mixtures do not join clients' LoRAs")
+    if factory in algorithms.ALL.values():
+        further = {key: value for key, value in settings.items() if key not in inspect.signature(factory).parameters}
+        for function in PASSED_ON:
+            settings_lib.check_types("algorithm", function, further)
+    given = {**_defaults(config), **settings}
+    for key, how in DIFFERENCES.items():
+        for section in ("model", "task"):
+            dtype = config[section].dtype
+            if given.get(key) == how and dtype != "float32":
+                said = f"{section}.dtype is {dtype!r}, in which the differences of algorithm.{key} {how!r} are lost"
+                raise ValueError(f"{said}, expected 'float32'")
+
+
+def check_budgets(config: ConfigDict, method: Algorithm, prefix: str = "") -> None:
+    """Raises ValueError for budgets that a method does not read or that R ranks cannot fill; `prefix` says whose."""
+    budgets = tuple(config.personalize.budgets)
+    if budgets and not method.budgets:
+        name = config.algorithm.name
+        raise ValueError(f"{prefix}personalize.budgets is {budgets}, but {name} selects no ranks, expected ()")
+    ranks.check_budgets(budgets, config.adapter.rank, prefix)
 
 
 def folded(config: ConfigDict, model: Model) -> Model:
@@ -152,7 +186,7 @@ def rivals(
     config: ConfigDict, model: Model, task: Task, base: PyTree, clients: int, parts: bool
 ) -> list[tuple[str, Algorithm, ConfigDict]]:
     """The further ways to personalize of `config.points`: name, algorithm, config."""
-    rivals = []
+    rivals, usual = [], default_config()
     for name, sections in config.points.items():
         check_keys(sections.to_dict(), f"points.{name}.")
         settings = ConfigDict(config.to_dict())
@@ -161,26 +195,32 @@ def rivals(
                 raise ValueError(f"points.{name}.{section} cannot differ, only algorithm, optimizer and personalize")
             if section == "algorithm" and values.get("name", config.algorithm.name) != config.algorithm.name:
                 settings.algorithm = {}
-            settings[section].update(values.to_dict())
-        method = make(settings, model, task, base, clients, parts)
+            update(settings[section], values.to_dict(), f"points.{name}.{section}")
         trained = settings.algorithm.name == config.algorithm.name
+        if not trained:
+            # It trains in no rounds, for which these are.
+            settings.server, settings.schedule = usual.server, usual.schedule
+        method = make(settings, model, task, base, clients, parts)
         if not trained and any(method.traffic(jax.eval_shape(method.init, jax.random.key(0)))):
             raise ValueError(f"points.{name}: {settings.algorithm.name} learns in rounds, so it needs a run of its own")
+        check_budgets(settings, method, f"points.{name}: ")
         rivals.append((name, method, settings))
     return rivals
 
 
-def strategy(config: ConfigDict, base: PyTree) -> loop.Strategy | None:
-    """What is recorded of a client at each site: ranks that a budget leaves or its weights have, or experts held."""
-    budgets, spectral = tuple(config.personalize.budgets), config.evaluate.spectra
-    mixed = config.algorithm.name == "fedamole"
+def strategy(config: ConfigDict, base: PyTree, rivals: Sequence[tuple] = ()) -> loop.Strategy | None:
+    """What is recorded of a client at each site: ranks that a budget leaves or its weights have, or experts held.
+
+    A budget of one point, of the run's own or of those of `rivals`, is enough.
+    """
+    budgets = any(settings.personalize.budgets for settings in (config, *(settings for *_, settings in rivals)))
+    spectral, mixed = config.evaluate.spectra, config.algorithm.name == "fedamole"
     if mixed and spectral:
         raise ValueError("evaluate.spectra is of LoRAs, expected False with algorithm fedamole, whose clients mix them")
     if not budgets and not spectral and not mixed:
         return None
-    ranks.check_budgets(budgets, config.adapter.rank)
     layout = ranks.layout(ranks.concrete(initializer(config, base)))
-    if not budgets and not spectral:
+    if mixed:
         return loop.Strategy(layout.names, functools.partial(expert_embeddings.strategy, layout))
     describe = functools.partial(ranks.strategy, layout)
     if not spectral:

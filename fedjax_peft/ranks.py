@@ -72,10 +72,18 @@ def concrete(init_adapters: Callable[[Array], PyTree]) -> PyTree:
 
 
 def table(layout: Layout, adapters: PyTree) -> Array:
-    """The scales of all LoRAs as one table `[J, R]`; ranks that `adapters.concat` put before these do not count."""
+    """The scales of all LoRAs as one table `[J, R]`, 0 at sites that have an adapter of another kind.
+
+    Ranks that `adapters.concat` put before these do not count.
+    """
     nodes = adapters_lib.nodes(adapters)
-    scales = [nodes[path].scale[..., -layout.rank :].reshape(-1, layout.rank) for path in layout.paths]
-    return jnp.concatenate(scales)[layout.order]
+
+    def scale(path, shape):
+        node = nodes.get(path)
+        own = node.scale[..., -layout.rank :] if isinstance(node, adapters_lib.LoRA) else jnp.zeros(shape, jnp.float32)
+        return own.reshape(-1, layout.rank)
+
+    return jnp.concatenate([scale(*one) for one in zip(layout.paths, layout.shapes, strict=True)])[layout.order]
 
 
 def scaled(layout: Layout, adapters: PyTree, scores: Array) -> PyTree:
@@ -119,11 +127,12 @@ def strategy(layout: Layout, adapters: PyTree) -> dict[str, Array]:
     return {"ranks": kept, "scale": jnp.sum(scales, axis=-1) / jnp.maximum(kept, 1)}
 
 
-def check_budgets(budgets: tuple[int, ...], rank: int) -> None:
-    """Raises ValueError for a budget that ranks of `rank` a site cannot fill."""
+def check_budgets(budgets: tuple[int, ...], rank: int, prefix: str = "") -> None:
+    """Raises ValueError for a budget that ranks of `rank` a site cannot fill; `prefix` says whose it is."""
     for budget in budgets:
-        if not 1 <= budget <= rank:
-            raise ValueError(f"a budget is {budget} ranks a site, expected 1 to adapter.rank, which is {rank}")
+        if not isinstance(budget, int) or not 1 <= budget <= rank:
+            said = f"{prefix}a budget is {budget!r} ranks a site"
+            raise ValueError(f"{said}, expected 1 to adapter.rank, which is {rank}")
 
 
 @jax.custom_jvp

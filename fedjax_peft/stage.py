@@ -2,7 +2,7 @@
 
 import io
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -36,13 +36,30 @@ class Stage(NamedTuple):
         task = methods.task(config, ground.federation, grounds.judge(config, ground))
         count = len(ground.federation.names)
         algorithm = methods.make(config, model, task, base, count, parts)
+        methods.check_budgets(config, algorithm)
         rivals = methods.rivals(config, model, task, base, count, parts)
         for name, rival, settings in rivals:
-            if settings.algorithm.name == config.algorithm.name and _states(rival) != _states(algorithm):
-                raise ValueError(f"points.{name} goes on from what the run trained, which does not fit its settings")
+            if settings.algorithm.name == config.algorithm.name:
+                _check_same(name, settings, config, rival, algorithm)
         mesh = rounds.make_mesh(config.run.mesh.clients, config.run.mesh.model)
         clients = _clients(config, ground, algorithm, rivals, {})
-        return cls(mesh, model, task, algorithm, rivals, methods.strategy(config, base), *clients)
+        return cls(mesh, model, task, algorithm, rivals, methods.strategy(config, base, rivals), *clients)
+
+
+def _check_same(name: str, settings: ConfigDict, config: ConfigDict, rival: Algorithm, algorithm: Algorithm) -> None:
+    """Raises ValueError for a point that cannot go on from what the run observed and trained."""
+    own, seen = _observing(settings), _observing(config)
+    changed = sorted(key for key in own | seen if own.get(key) != seen.get(key))
+    if changed and algorithm.observe is not None:
+        raise ValueError(f"points.{name}.algorithm.{changed[0]} cannot differ: a run looks at clients' texts only once")
+    if _states(rival) != _states(algorithm):
+        raise ValueError(f"points.{name} goes on from what the run trained, which does not fit its settings")
+
+
+def _observing(config: ConfigDict) -> dict[str, Any]:
+    """Settings of the algorithm that what it observes depends on."""
+    known = config.algorithm.items()
+    return {key: value for key, value in known if key in ("name", "profile") or "tap" in key or "quantity" in key}
 
 
 def _states(algorithm: Algorithm) -> tuple:
@@ -99,6 +116,8 @@ def _points(
         trained = settings.algorithm.name == config.algorithm.name
         for budget in settings.personalize.budgets or (None,):
             title = name if budget is None else f"{name} r{budget}"
+            if title in ("base", "global", *points):
+                raise ValueError(f"two results of this run would be called {title!r}, expected another name in points")
             points[title] = loop.Point(method, support(settings, budget), trained)
     return points
 
@@ -120,12 +139,8 @@ def _observed(
     Base and data never change, so it is computed once, for all runs on this base.
     """
     settings = (ground.hashes, config.max_length, config.widths, config.observe.batch, config.observe.published)
-    switches = {
-        name: value
-        for name, value in config.algorithm.items()
-        if name in ("name", "profile") or "tap" in name or "quantity" in name
-    }
-    key = manifest.digest(np.frombuffer(repr((settings, sorted(switches.items()))).encode(), np.uint8))
+    settings += stage.model.tied  # heads that are tapped, too
+    key = manifest.digest(np.frombuffer(repr((settings, sorted(_observing(config).items()))).encode(), np.uint8))
     path = epath.Path(folder) / f"observed-{key[:16]}.npz"
     known = dict(np.load(io.BytesIO(path.read_bytes()))) if path.exists() else _look(config, ground, stage, base)
     if not path.exists() and processes.first():

@@ -45,6 +45,17 @@ CASES = {
     "no such client optimizer": (["--config.optimizer.name=lamb"], "optimizer.name is 'lamb'"),
     "no such schedule": (["--config.schedule.name=step"], "schedule.name is 'step'"),
     "learning rate 0": (["--config.optimizer.learning_rate=0.0"], "optimizer.learning_rate is 0.0"),
+    "wrong type of an argument": (["--config.data.min_rows=many"], "data.min_rows is 'many', expected a whole number"),
+    "misspelt setting of a partition": (
+        [
+            "--config.data.name=table",
+            "--config.data.source=here",
+            "--config.data.text=text",
+            "--config.data.partition={'name': 'dirichlet', 'clients': 2, 'seed': 0, 'alhpa': 1.0}",
+        ],
+        "data.partition.alhpa is not a setting of dirichlet; is alpha meant?",
+    ),
+    "None where there must be something": (["--config.rounds=None"], "rounds is None, expected something like 10"),
     "no such data": (["--config.data.name=mnist"], "data.name is 'mnist', expected one of"),
     "steps and epochs": (["--config.train.epochs=1"], "either steps or epochs"),
     "drop-out rate": (["--config.dropout_rate=1.5"], "1.5"),

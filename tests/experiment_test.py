@@ -1,12 +1,15 @@
 """Whole experiments on a tiny model: what a config can ask for, runs, and leaves a run directory."""
 
 import importlib.util
+import re
 
+import jax
 import numpy as np
 import pytest
 import tiny
+from federation import assert_same
 
-from fedjax_peft import experiment, ground, methods, metrics, records
+from fedjax_peft import adapters, experiment, ground, loop, methods, metrics, one_client, records, rounds
 from fedjax_peft import stage as stages
 from fedjax_peft.data import federated
 
@@ -204,6 +207,29 @@ def test_bases_may_differ_per_client(base, load, tmp_path):
     sites = len({row["site"] for row in metrics.read_rows(tmp_path / "strategies.parquet")})
     assert kept(tmp_path) == {"fedp2eft r1": {sites}}
     assert summary["pools"]["seen"]["fedp2eft r1"]["loss"] != summary["pools"]["seen"]["base"]["loss"]
+    check_parts(experiment.rebuilt(tmp_path), tmp_path, base)
+
+
+def check_parts(run, workdir, base):
+    """Client k has part k of what stage 1 left, and of the ranks that it is evaluated with these are the first."""
+    (first, _), count = experiment._stages(run.config), len(run.ground.federation.names)
+    stage = stages.Stage.make(first, ground.load(run.config, first.seed))
+    server, people = loop.final(stage.algorithm, stage.mesh, count, workdir / "base")
+    assert people.known.sum() == 3
+    expected = rounds.parts(stage.algorithm, server, people.states, people.known)
+    assert_same(run.ground.parts, expected)
+    clients = np.append(np.flatnonzero(people.known)[::-1], np.flatnonzero(~people.known)[0])
+    given = run.stage.points["fedp2eft r1"].support(clients).constants["part"]
+    assert_same(given, jax.tree.map(lambda leaf: leaf[clients], expected))
+    if base == "dept":
+        tables = {path[-1]: np.abs(node.embedding).max((1, 2)) for path, node in adapters.nodes(given).items()}
+        assert (tables["word_embeddings"][:3] > 0).all() and not any(table[3] for table in tables.values())
+        return
+    tuned = adapters.nodes(one_client.adapt(run, workdir, int(clients[0])))
+    for path, own in adapters.nodes(given).items():
+        assert own.b[:3].any((1, 2, 3)).all() and not own.b[3].any()
+        np.testing.assert_array_equal(tuned[path].b[..., : own.b.shape[-2], :], own.b[0])
+        np.testing.assert_array_equal(tuned[path].a[..., : own.a.shape[-1]], own.a[0])
 
 
 def test_an_interrupted_evaluation_goes_on_with_the_points_that_lack(load, tmp_path, monkeypatch):
@@ -240,7 +266,7 @@ MISTAKES = {
     "adapter.rnk is no key of a config; is rank meant": {"adapter": {"rnk": 3}},
     "algorithm.name asks for the file mine.py, which does not exist": {"algorithm": {"name": "mine.py:mine"}},
     "algorithm.tap_dtype is 'int8'": {"algorithm": {"name": "fedp2eft", "tap_dtype": "int8"}},
-    "a budget is 5 ranks a site, expected 1 to adapter.rank, which is 4": {"personalize": {"budgets": (5,)}},
+    "^a budget is 5 ranks a site, expected 1 to adapter.rank, which is 4": {"personalize": {"budgets": (5,)}},
     "points.x: fedit learns in rounds, so it needs a run of its own": {
         "points": {"x": {"algorithm": {"name": "fedit"}}}
     },
@@ -249,7 +275,7 @@ MISTAKES = {
     },
     "points.x goes on from what the run trained, which does not fit its settings": {
         "algorithm": {"name": "perfedavg"},
-        "personalize": {"steps": 1},
+        "personalize": {"steps": 1, "budgets": ()},
         "points": {"x": {"optimizer": {"name": "sgd"}}},
     },
     "algorithm fedprompt needs 'prompt'": {"algorithm": {"name": "fedprompt"}, "points": {}},
@@ -260,6 +286,79 @@ MISTAKES = {
         "algorithm": {"name": "fedp2eft", "keep_optimizer": True}
     },
 }
+
+
+@pytest.fixture(scope="module")
+def built(load):
+    """(changes) -> the stage of a config that has no stage 1."""
+    loaded = ground.load(staged(load), 0)
+
+    def make(**changes):
+        return stages.Stage.make(staged(load, **{"base": NONE, "points": {}} | changes), loaded)
+
+    make.base = loaded.pretrained.base
+    return make
+
+
+LORA = {"lora": {"algorithm": {"name": "lora"}, "personalize": {"budgets": (1,)}}}
+PLAIN = {"algorithm": {"name": "fedit"}, "personalize": {"budgets": ()}}
+
+
+def point(algorithm=None, **sections):
+    return {"points": {"x": sections | ({"algorithm": algorithm} if algorithm else {})}}
+
+
+REFUSED = {
+    "^personalize.budgets is (1, 4), but fedit selects no ranks, expected ()": {"algorithm": {"name": "fedit"}},
+    "^points.x: personalize.budgets is (1, 4), but local_only selects no ranks": point({"name": "local_only"}),
+    "^points.x: a budget is 64 ranks a site, expected 1 to adapter.rank, which is 4": point(
+        {"name": "lora"}, personalize={"budgets": (64,)}
+    ),
+    "^points.x: a budget is 1.5 ranks a site": point({"name": "lora"}, personalize={"budgets": (1.5,)}),
+    "^points.x.personalize: .*budgets": point({"name": "lora"}, personalize={"budgets": 2}),
+    "^points.x.optimizer: .*learning_rate": point({"name": "lora"}, optimizer={"learning_rate": "much"}),
+    "^two results of this run would be called 'fedp2eft r1'": {"points": {"fedp2eft": {"algorithm": {"name": "lora"}}}},
+    "^two results of this run would be called 'base'": {
+        "points": {"base": {"algorithm": {"name": "lora"}, "personalize": {"budgets": ()}}}
+    },
+    "^two results of this run would be called 'personal'": PLAIN
+    | {"points": {"personal": {"algorithm": {"name": "lora"}}}},
+    "^points.x.algorithm.tap_mask_padding cannot differ": point({"tap_mask_padding": False}),
+    "^points.x.algorithm.tap_dtype cannot differ": point({"tap_dtype": "bfloat16"}),
+    "^server.name is 'adam', which fedp2eft has no use for": {"server": {"name": "adam"}},
+    "^server.learning_rate is 0.5, which fedp2eft has no use for": {"server": {"learning_rate": 0.5}},
+    "^algorithm.initial is 'two', expected a number": point({"name": "adalora", "initial": "two"}),
+    "^algorithm.rate is 'fast', expected a number": {"algorithm": {"name": "fedp2eft", "rate": "fast"}},
+    "^algorithm.proximal is 'x', expected a number": PLAIN | {"algorithm": {"name": "fedit", "proximal": "x"}},
+    "^model.dtype is 'bfloat16', in which the differences of algorithm.hvp 'fd' are lost": PLAIN
+    | {"algorithm": {"name": "pf2lora", "hvp": "fd"}, "model": {"dtype": "bfloat16"}},
+    "^task.dtype is 'bfloat16', in which the differences of algorithm.order 'hf' are lost": PLAIN
+    | {"algorithm": {"name": "perfedavg", "order": "hf"}, "task": {"dtype": "bfloat16"}},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_would_change_nothing_or_something_else_is_refused(message, built):
+    with pytest.raises(ValueError, match=re.sub(r"[()]", r"\\\g<0>", message)):
+        built(**REFUSED[message])
+
+
+def test_a_server_optimizer_is_of_the_method_that_trains_in_rounds(built):
+    stage = built(**PLAIN, server={"name": "adam"}, schedule={"name": "linear"}, points=LORA)
+    assert jax.tree.leaves(jax.eval_shape(stage.algorithm.init, jax.random.key(0)).optimizer)
+    assert list(stage.points) == ["personal", "lora r1"]
+
+
+@pytest.mark.parametrize("name", ["fedit", "pf2lora", "fedmutual"])
+def test_budgets_of_points_alone_have_their_ranks_recorded(name, built):
+    stage = built(**PLAIN | {"algorithm": {"name": name}}, points=LORA)
+    assert list(stage.points) == ["personal", "lora r1"]
+    for method, support, _ in stage.points.values():
+        server = jax.eval_shape(method.init, jax.random.key(0))
+        client = rounds.client_states(method, server)
+        batches = jax.tree.map(lambda leaf: leaf[0], support(np.arange(1)).replace(widths=()))
+        adapted = jax.eval_shape(method.personalize, built.base, server, client, batches, jax.random.key(0))
+        assert jax.eval_shape(stage.strategy.describe, adapted)["ranks"].shape == (len(stage.strategy.sites),)
 
 
 @pytest.mark.parametrize("message", MISTAKES)

@@ -58,7 +58,8 @@ ALLOWED = {
     "algorithms": ENGINE | {"algorithms"},
     "packages": set(),
     "models": PURE | {"models", "packages"},
-    "data": {"types", "data", "packages"},
+    "settings": set(),
+    "data": {"types", "data", "packages", "settings"},
     "processes": PURE,
     "rounds": PURE,
     "population": PURE | {"processes"},
@@ -75,16 +76,17 @@ ALLOWED = {
     "chunking": {"metrics", "processes"},
     "console": {"processes"},
     "loop": PURE | RUN,
-    "config": set(),
+    "config": {"settings"},
     "one_client": PURE | {"loop", "population", "rounds"},
     "rank_recovery": PURE | {"adapters", "algorithms", "metrics", "rounds", "spectra"},
     "ground": {"types", "config", "data", "evaluate", "generate", "loop", "models", "text_metrics"},
     "methods": PURE
-    | {"adapters", "aggregate", "algorithms", "config", "data", "ground", "local", "loop", "ranks", "spectra", "tasks"},
+    | {"adapters", "aggregate", "algorithms", "config", "data", "ground", "local", "loop", "ranks", "settings"}
+    | {"spectra", "tasks"},
     "stage": {"data", "evaluate", "ground", "loop", "manifest", "methods", "processes", "rounds", "types"},
     "experiment": PURE
     | {"adapters", "config", "data", "ground", "loop", "manifest", "methods", "one_client", "population"}
-    | {"rank_recovery", "rounds", "stage"},
+    | {"rank_recovery", "rounds", "settings", "stage"},
     "published": PURE | {"adapters", "models"},
     "export": PURE | {"adapters", "experiment", "ground", "manifest", "mixture", "models", "one_client", "published"},
     "asking": PURE | {"data", "experiment", "generate", "ground", "one_client"},

@@ -59,3 +59,18 @@ def test_arguments_of_functions_are_given_by_flag(tmp_path, monkeypatch):
     assert found.data.source == "mine" and found.rounds == 2
     with pytest.raises(ValueError, match="config.rounds"):
         config("rounds=many")
+
+
+def test_none_is_said_as_none(tmp_path, monkeypatch):
+    text = "from fedjax_peft.config import default_config\n\n\ndef get_config():\n    config = default_config()\n"
+    text += "    config.data.test = 'test'\n    config.model.pool = 'mean'\n    return config\n"
+    (tmp_path / "config.py").write_text(text)
+    told = ("data.test=None", "data.group=None", "model.pool=None", "train.steps=None", "data.label=Nonesuch")
+    arguments = [f"--config={tmp_path}/config.py", *(f"--config.{one}" for one in told)]
+    monkeypatch.setattr(sys, "argv", ["fedjax-peft", "run", *arguments])
+    found = main._flags(arguments, {}).config
+    assert [found.data.test, found.data.group, found.model.pool, found.train.steps] == [None] * 4
+    assert found.data.label == "Nonesuch"
+    monkeypatch.setattr(sys, "argv", ["fedjax-peft", "run", *arguments, "--config.dta.test=None"])
+    with pytest.raises(ValueError, match="the config does not know 'dta'"):
+        main._flags([*arguments, "--config.dta.test=None"], {})

@@ -1,5 +1,7 @@
 """Partitions: every row at most once, the published rules, and independence of what must not matter."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -346,8 +348,23 @@ def test_cache_knows_data_settings_and_seed(tmp_path):
 
 
 def test_partitioners_are_known_by_name():
-    rule, settings = partition.named({"name": "iid", "clients": 2})
-    assert rule is partition.iid and settings == {"clients": 2}
+    rule, settings = partition.named({"name": "iid", "clients": 2, "seed": 0})
+    assert rule is partition.iid and settings == {"clients": 2, "seed": 0}
     for name in (None, "named", "Splits", "_BY_LABEL"):
         with pytest.raises(ValueError, match=f"^data.partition.name is {name!r}, which is no function of"):
             partition.named({"name": name})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"alhpa": 0.5}, "data.partition.alhpa is not a setting of dirichlet; is alpha meant?"),
+        ({"splits": 0.5}, "data.partition.splits is not a setting of dirichlet; is clients meant?"),
+        ({}, "data.partition dirichlet needs 'alpha'"),
+        ({"alpha": "half"}, "data.partition.alpha is 'half', expected a number"),
+        ({"alpha": 1, "clients": 2.5}, "data.partition.clients is 2.5, expected a whole number"),
+    ],
+)
+def test_settings_that_a_partitioner_cannot_take(settings, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        partition.named({"name": "dirichlet", "clients": 4, "seed": 0} | settings)

@@ -29,6 +29,7 @@ def chatterbot(encode: Encode, *, seed: int = 0, test_fraction: float = 0.2, min
       test_fraction: share of each language's rows that is held out.
       min_rows: languages with fewer rows are unseen.
     """
+    _check_share(test_fraction)
     data = corpus.load(seed=seed, test_fraction=test_fraction, min_rows=min_rows)
     names = data.languages + data.unseen_languages
     stores, lost = {}, {}
@@ -89,11 +90,14 @@ def table(
       seed: of hold-out and unseen clients.
       cache: folder of computed partitions.
     """
+    partitioner, settings = partitions.named(partition)
+    _check_share(test_fraction)
+    if unseen < 0:
+        raise ValueError(f"data.unseen is {unseen} clients, expected 0 or more")
     splits = text_data.splits(source, train, test)
     tables = {name: text_data.labelled(_read(source, configs, split), label) for name, split in splits.items()}
     tables, classes = text_data.with_labels(tables, label, classes)
     group = group or ("language" if configs else None)
-    partitioner, settings = partitions.named(partition)
     if "test" not in tables and partitioner is not partitions.natural_id:
         tables = _held_out(tables["train"], test_fraction, seed, "language" if configs else None)
     columns = {key for key in (label, settings.get("column")) if key is not None}
@@ -153,6 +157,7 @@ def squad(
     Raises:
       ValueError: a column is missing, groups are too few, or questions without an answer need a threshold.
     """
+    _check_share(test_fraction)
     splits = text_data.splits(source, train, test, usual="validation")
     tables = {name: questions.read(source, split=split) for name, split in splits.items()}
     own = partitions.blocks(tables, clients=clients, column=group, seed=seed)
@@ -194,6 +199,11 @@ def _held_out_contexts(clients, contexts, fraction, seed):
     return parts
 
 
+def _check_share(fraction):
+    if not 0 < fraction < 1:
+        raise ValueError(f"data.test_fraction is {fraction}, expected between 0 and 1")
+
+
 def _limited(clients, split, limit):
     if limit is not None and limit < 1:
         raise ValueError(f"data.{split}_limit is {limit} examples of a client, expected 1 or more")
@@ -223,8 +233,6 @@ def _held_out(rows, fraction, seed, subset=None):
 
 def _held_out_of_each(clients, fraction):
     """Train and test rows of each client, whose rows are in random order; both, unless there is only one row."""
-    if not 0 < fraction < 1:
-        raise ValueError(f"data.test_fraction is {fraction}, expected between 0 and 1")
     ends = [len(rows) - min(max(round(fraction * len(rows)), 1), len(rows) - 1) for rows in clients]
     return {
         "train": [rows[:end] for rows, end in zip(clients, ends, strict=True)],

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fedjax_peft import settings as settings_lib
 from fedjax_peft.data import dealing, federated
 from fedjax_peft.data.dealing import Partition, Splits
 
@@ -309,12 +310,13 @@ def named(partition: Mapping[str, Any]) -> tuple[Callable[..., Partition], dict[
     """The partitioner of that `name`, and its settings.
 
     Raises:
-      ValueError: there is none of that name.
+      ValueError: there is none of that name, or it cannot be called with these settings.
     """
     settings = dict(partition)
     name = settings.pop("name", None)
     if name not in ALL:
         raise ValueError(f"data.partition.name is {name!r}, which is no function of data/partition.py")
+    settings_lib.check("data.partition", ALL[name], settings, positional=1)
     return ALL[name], settings
 
 
