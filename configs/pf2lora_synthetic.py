@@ -23,11 +23,13 @@ Expected, ten problems (most frequent learnt ranks, problems in which both are r
     hetlora_below        2  2    0 of 10   4.5e-01  1.4e+00
     hetlora_low          3  3    0 of 10   6.3e-03  9.6e-01
     hetlora_high         4  5    2 of 10   7.8e-04  1.4e-03
+    hetlora_truncated    5  5    0 of 10   3.0e-01  1.9e-01
 
 PF2LoRA has the ranks right in every problem, whatever the hypergradient: both levels share one objective, so all three
 have the same stationary points. A single shared matrix (homlora, perfedavg) fits neither client. Rows `tuned` show the
 same models after ten more steps on a client's own examples, which flatters any rank of 5 or more. HETLoRA's zero-padded
-averages shrink the ranks that only one client owns, and its pruning rule falls to rank 1 on this loss.
+averages shrink the ranks that only one client owns, and its pruning rule falls to rank 1 on this loss; `truncated`
+is its average as a client receives it, all other rows of it what clients trained last.
 """
 
 from ml_collections import ConfigDict
@@ -38,7 +40,11 @@ def get_config():
     config.rank = 4  # r, of common adapters
     config.client_rank = 1  # r~, of personal ones; clients' true ranks are r - r~ and r + r~
     config.lr_personal = 0.3  # alpha, SGD
-    config.lr_common = 0.03  # eta, SGD; of the baselines too
+    config.lr_common = 0.03  # eta, SGD; of HOMLoRA and HETLoRA too
+    config.lr_meta = 0.01  # Per-FedAvg, SGD; its outer step
+    config.lr_inner = 0.1  # the step inside of its objective, and that of personalization
+    config.gamma = 0.99  # HETLoRA: share of its ranks that a client keeps when it prunes
+    config.penalty = 1e-3  # on its tail
     config.interval = 10  # local steps of a round
     config.steps = 6000  # local steps in all
     config.seeds = 10
