@@ -120,6 +120,13 @@ def test_curves_are_sorted_by_budget_and_leave_out_what_has_none():
     assert list(curves) == ["lora", "p"]
     np.testing.assert_allclose(curves["lora"].budgets, [2, 4])
     np.testing.assert_allclose(curves["lora"].mean, [0.3, 0.4])
+    assert curves["lora"].deviation is None
+
+
+def test_curves_over_seeds_have_their_sample_deviation():
+    (curve,) = rank_plots.curves({("lora", 2): [0.1, 0.3], ("lora", 4): [0.2, 0.6]}).values()
+    np.testing.assert_allclose(curve.mean, [0.2, 0.4])
+    np.testing.assert_allclose(curve.deviation, [0.02**0.5, 0.08**0.5])
 
 
 def make_curve(mean: float, deviation: float | None = None) -> rank_plots.Curve:

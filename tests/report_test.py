@@ -329,6 +329,20 @@ def test_ways_are_averaged_over_seeds_and_shown_for_each_group(tmp_path, capsys)
     assert [row[0] for row in unseen[2:]] == ["A"]
 
 
+def test_pictures_of_several_runs_show_every_seed_and_their_deviation(tmp_path):
+    runs = [write_run(tmp_path / str(seed), several(0.1 * seed), personal=WAYS, seed=seed) for seed in range(3)]
+    report.compare(runs, tmp_path / "plots")
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"methods.png", "budgets.png"}
+    scores = comparison.of_pools(comparison.methods([finished.read(run) for run in runs]))
+    assert list(scores["seen"]) == ["base", "global", *WAYS]
+    assert scores["seen"]["fedp2eft r2"] == pytest.approx([0.6, 0.7, 0.8])
+
+
+def test_without_budgets_methods_are_the_only_picture(tmp_path):
+    report.compare([write_run(tmp_path / "one"), write_run(tmp_path / "two", algorithm="ffa_lora")], tmp_path / "plots")
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["methods.png"]
+
+
 def test_runs_on_one_base_show_it_once_and_points_of_one_name_keep_their_run(tmp_path, capsys):
     runs = [
         write_run(tmp_path / "one", SEVERAL, algorithm="fedp2eft", personal=WAYS),

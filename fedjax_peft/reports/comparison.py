@@ -106,6 +106,14 @@ def of_groups(methods: Mapping[str, list[finished.Run]], most: int) -> Iterator[
             yield pool, ["group", *columns], rows
 
 
+def of_pools(methods: Mapping[str, list[finished.Run]]) -> dict[str, dict[str, list[float]]]:
+    """{pool: {way: mean over groups of each seed}}; what several experiments begin with is `base`."""
+    return {
+        pool: {way: [run.statistics(pool, point)["over_groups"] for run in runs] for way, (runs, point) in ways.items()}
+        for pool, ways in _ways_of_pools(methods).items()
+    }
+
+
 def _ways_of_pools(methods: Mapping[str, list[finished.Run]]) -> dict[str, dict[str, tuple[list[finished.Run], str]]]:
     ways = _ways(methods)
     pools = dict.fromkeys(pool for members, _ in ways.values() for run in members for pool in run.pools)

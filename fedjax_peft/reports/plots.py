@@ -9,7 +9,15 @@ import numpy as np
 from etils import epath
 from matplotlib import axes, figure, ticker
 
-from fedjax_peft.reports import client_plots, expert_plots, rank_plots, recovery_plots, spectrum_plots
+from fedjax_peft.reports import (
+    client_plots,
+    expert_plots,
+    finished,
+    method_plots,
+    rank_plots,
+    recovery_plots,
+    spectrum_plots,
+)
 
 STYLE = {
     "font.family": client_plots.FONT,
@@ -92,6 +100,26 @@ def write_budgets(
         if len({at for of in scores.values() for _, at in of if at}) > 1:
             panels = {pool: rank_plots.curves(of) for pool, of in scores.items()}
             bases = {pool: of["base", None] for pool, of in scores.items()}
+            pictures["budgets"] = rank_plots.against_budget(panels, bases, metric)
+        _save(folder, pictures)
+
+
+def write_comparison(folder: epath.PathLike, scores: Mapping[str, Mapping[str, Sequence[float]]], metric: str) -> None:
+    """Writes methods.png of several runs and, where methods were evaluated at several budgets, budgets.png.
+
+    Args:
+      folder: made if it does not exist.
+      scores: {pool: {way to personalize, `base` first: mean over groups of each seed}}.
+      metric: of the scores.
+    """
+    panels = {
+        pool: rank_plots.curves({finished.split(way): values for way, values in of.items()})
+        for pool, of in scores.items()
+    }
+    with matplotlib.rc_context(STYLE):
+        pictures = {"methods": method_plots.ways(scores, metric)}
+        if any(len(curve.budgets) > 1 for of in panels.values() for curve in of.values()):
+            bases = {pool: float(np.mean(of.get("base", np.nan))) for pool, of in scores.items()}
             pictures["budgets"] = rank_plots.against_budget(panels, bases, metric)
         _save(folder, pictures)
 

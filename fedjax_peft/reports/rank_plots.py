@@ -58,13 +58,20 @@ def kept(rows: Iterable[Mapping[str, Any]]) -> Kept:
     return Kept(groups, tuple(len(counts[group][sites[0]]) for group in groups), sites, np.array(ranks))
 
 
-def curves(scores: Mapping[tuple[str, int | None], float]) -> dict[str, Curve]:
-    """A curve a method, from {(method, budget): score}; what has no budget has none."""
-    found: dict[str, list[tuple[int, float]]] = {}
+def curves(scores: Mapping[tuple[str, int | None], float | Sequence[float]]) -> dict[str, Curve]:
+    """A curve a method, from {(method, budget): score, or one a seed}; what has no budget has none."""
+    found: dict[str, dict[int, np.ndarray]] = {}
     for (method, budget), score in scores.items():
         if budget:
-            found.setdefault(method, []).append((budget, score))
-    return {method: Curve(*map(np.array, zip(*sorted(points), strict=True))) for method, points in found.items()}
+            found.setdefault(method, {})[budget] = np.atleast_1d(score)
+    return {method: _curve(dict(sorted(of.items()))) for method, of in found.items()}
+
+
+def _curve(scores: Mapping[int, np.ndarray]) -> Curve:
+    means = np.array([values.mean() for values in scores.values()])
+    if min(map(len, scores.values())) < 2:
+        return Curve(np.array(list(scores)), means)
+    return Curve(np.array(list(scores)), means, np.array([values.std(ddof=1) for values in scores.values()]))
 
 
 def heat_map(found: Kept, title: str) -> figure.Figure:

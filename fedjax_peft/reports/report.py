@@ -61,10 +61,14 @@ def _show_recovery(workdir: epath.Path, methods: Mapping[str, Any]) -> None:
     print(f"all results are in {workdir}, pictures in {workdir / 'plots'}")
 
 
-def compare(workdirs: Sequence[epath.PathLike]) -> None:
+def compare(workdirs: Sequence[epath.PathLike], pictures: epath.PathLike | None = None) -> None:
     """Prints one table of finished runs, a row a method and pool; runs that differ only in seeds are averaged.
 
     Where clients are personalized in several ways, a row is one of them, and tables of groups follow if they are few.
+
+    Args:
+      workdirs: of the runs.
+      pictures: folder for pictures of the same; None draws none.
 
     Raises:
       ValueError: a directory holds no finished run, two hold the same run, or the runs have different metrics.
@@ -92,6 +96,11 @@ def compare(workdirs: Sequence[epath.PathLike]) -> None:
             drawn[str({**finished.seeds(run.experiment), "seed": None})].add(run.sha256.get(part))
         if max(map(len, drawn.values())) > 1:
             print(f"these runs are hard to compare: they differ in the SHA-256 of {part}")
+    if pictures is not None:
+        from fedjax_peft.reports import plots  # late, because matplotlib takes a second
+
+        plots.write_comparison(pictures, comparison.of_pools(methods), runs[0].metric)
+        print(f"pictures are in {pictures}")
 
 
 def _title(metric: str) -> str:
