@@ -168,6 +168,8 @@ def test_taps_of_a_base_of_sixteen_bits_are_not_rounded_to_it():
     expected = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     np.testing.assert_allclose(tapped(linear, x)["probabilities"], expected, rtol=1e-5)
     assert call(node, x).dtype == jnp.bfloat16
+    by_node, by_x = jax.eval_shape(jax.grad(lambda node, x: jnp.sum(node(x).astype(jnp.float32)), (0, 1)), node, x)
+    assert (by_node.a.dtype, by_node.router.dtype, by_x.dtype) == (jnp.float32, jnp.float32, jnp.bfloat16)
 
 
 def test_a_linear_router_has_a_row_for_each_expert():
