@@ -39,7 +39,7 @@ def get_config():
     config.base.optimizer = {"learning_rate": 1e-2}
     config.base.schedule = {"name": "linear", "end": 0.2}
     config.base.train = {"steps": 4, "batch": 8}
-    config.base.evaluate = {"every": 1000}  # before its first round only
+    config.base.evaluate = {"every": None}  # stage 2 begins with an evaluation of what stage 1 came to
 
     # Stage 2: the generator of strategies learns which ranks clients use.
     config.rounds = 6
@@ -57,6 +57,7 @@ def get_config():
     config.personalize.steps = 8
     config.personalize.batch = 4
     config.points = {"lora": {"algorithm": {"name": "lora"}}}
-    config.run.chunk = 8
+    config.evaluate.pack = 4  # no more batches than a few small clients have
+    config.run.chunk = 2
     config.run.scan = True  # compiles in half the time
     return config
