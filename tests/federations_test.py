@@ -111,6 +111,8 @@ def test_people_hold_their_own_rows_out_and_keep_their_names(encode, people):
     assert [texts_of(other.test, i) for i in range(48)] != [texts_of(made.test, i) for i in range(48)]
     with pytest.raises(ValueError, match="data.test_fraction is 1, expected between 0 and 1"):
         of_people(encode, people, test_fraction=1)
+    with pytest.raises(ValueError, match="data.unseen is -2 clients, expected 0 or more"):
+        of_people(encode, people, unseen=-2)
 
 
 def test_a_folder_with_a_file_for_each_client(encode, people):
