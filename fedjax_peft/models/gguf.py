@@ -159,7 +159,7 @@ def _config(path: pathlib.Path | str, fields: Mapping[str, Any], tensors: set[st
         raise ValueError(f"{path} is of the architecture {kind!r}, expected {' or '.join(ARCHITECTURES)}")
     scaling = fields.get(f"{kind}.rope.scaling.type", "none")
     if scaling != "none":
-        raise ValueError(f"{path} scales its rotations ({scaling!r}), which is read from a folder with config.json only")
+        raise ValueError(f"{path} scales its rotations: {scaling!r}, which is read from folders with config.json only")
     config = {field: fields[f"{kind}.{key}"] for field, key in _SIZES.items() if f"{kind}.{key}" in fields}
     config = {"vocab_size": len(fields.get("tokenizer.ggml.tokens", ()))} | config
     config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
