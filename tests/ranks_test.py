@@ -124,6 +124,16 @@ def test_a_strategy_counts_ranks_and_averages_their_scales():
     np.testing.assert_allclose(found["scale"], [4.0, 0.0, 4.0])
 
 
+def test_a_site_with_another_kind_of_adapter_keeps_no_ranks():
+    whole = adapters.nodes(INIT(jax.random.key(0)))
+    path = next(path for path in whole if not adapters.is_stacked(path))
+    other = adapters.Full(jnp.zeros(()), None)
+    for nodes in (whole | {path: other}, {key: node for key, node in whole.items() if key != path}):
+        found = ranks.strategy(LAYOUT, adapters.nest(nodes))
+        np.testing.assert_array_equal(found["ranks"], [4, 4, 0])
+        assert found["scale"][2] == 0
+
+
 @pytest.mark.parametrize("budget", [0, 5])
 def test_a_budget_beyond_the_ranks_is_a_mistake(budget):
     with pytest.raises(ValueError, match=f"a budget is {budget} ranks a site, expected 1 to adapter.rank, which is 4"):
