@@ -14,8 +14,8 @@ Expected, seed 0 (mean accuracy over clients; 2 CPU cores, jax 0.10.2):
     unseen        .696         .265       .707         .738
 
 Six rounds teach FedP2EFT little: its scales are still climbing, and uniform LoRA does nearly as well (with another
-start of the generator FedP2EFT came to .612). Test sets of the small languages are tiny (6 to 32 examples) and the unseen ones
-are mostly one topic.
+start of the generator FedP2EFT came to .612). Test sets of the small languages are tiny (6 to 32 examples) and the
+unseen ones are mostly one topic.
 """
 
 import platform
