@@ -279,8 +279,11 @@ def test_gradients_a_step_costs(settings, calls):
     assert len(seen) == calls
 
 
-def programs(scan: bool):
-    """Compiled steps on a small BERT: plain gradient, first order, second order, by differences."""
+FIRST, SECOND, DIFFERENCES = {"hypergradient": "fo"}, {}, {"hvp": "fd"}
+
+
+def programs(*ways, scan: bool):
+    """Compiled steps of both levels on a small BERT, with these settings; None is HOMLoRA's plain gradient."""
     config = encoder.config() | {"hidden_size": 64, "intermediate_size": 256, "max_position_embeddings": 64}
     model = bert.bert(config, labels=2, scan=scan)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
@@ -288,25 +291,23 @@ def programs(scan: bool):
     texts = {"tokens": jnp.zeros((16, 64), jnp.int32), "mask": jnp.ones((16, 64), bool)}
     batch = Batches(texts, jnp.zeros(16, jnp.int32), jnp.ones(16), jnp.int32(0))
 
-    def program(step):
+    def program(settings):
         def run(base, x, y, batch):
             loss = local.objective(model, TASK, base)
-            pi, xi = bilevel.parts(batch, 2)
             inner, outer = (
-                lambda x, y, part=part: loss(adapters.concat(x, y), part, jax.random.key(0))[0] for part in (pi, xi)
+                lambda x, y, part=part: loss(adapters.concat(x, y), part, jax.random.key(0))[0]
+                for part in bilevel.parts(batch, 2)
             )
-            return step(inner, outer, x, y)
+            return jax.grad(outer)(x, y) if settings is None else pf2lora.two_level(inner, outer, x, y, 0.1, **settings)
 
         return jax.jit(run).lower(shapes, common, personal, batch).compile()
 
-    return program(lambda inner, outer, x, y: jax.grad(outer)(x, y)), *(
-        program(functools.partial(pf2lora.two_level, rate=0.1, **settings))
-        for settings in ({"hypergradient": "fo"}, {}, {"hvp": "fd"})
-    )
+    return map(program, ways)
 
 
 def test_a_step_costs_as_many_gradients_as_its_order_says():
-    plain, *others = (compiled.cost_analysis()["flops"] for compiled in programs(scan=False))
+    compiled = programs(None, FIRST, SECOND, DIFFERENCES, scan=False)
+    plain, *others = (one.cost_analysis()["flops"] for one in compiled)
     fo, so, differences = (flops / plain for flops in others)
     # The forward pass of the exact product is that of the personal step, so the compiler does it once.
     assert 1.9 < fo <= 2.2 and 3.2 < so <= 4.5 and 3.8 < differences <= 4.5
@@ -314,5 +315,6 @@ def test_a_step_costs_as_many_gradients_as_its_order_says():
 
 def test_second_order_needs_twice_the_memory_of_first_order():
     # As a loop over layers, as accelerators run them; unrolled on a CPU the compiler reuses less (2.7).
-    _, fo, so, differences = (compiled.memory_analysis().temp_size_in_bytes for compiled in programs(scan=True))
+    compiled = programs(FIRST, SECOND, DIFFERENCES, scan=True)
+    fo, so, differences = (one.memory_analysis().temp_size_in_bytes for one in compiled)
     assert so <= 2 * fo and differences <= 2 * fo
