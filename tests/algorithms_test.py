@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pathlib
+import pickle
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,11 +12,13 @@ import federation
 import jax
 import numpy as np
 import optax
+import processes_job
 import pytest
+import started
 import toy
 from federation import PADDING, assert_close, assert_same, begin, play, snapshot
 
-from fedjax_peft import adapters, aggregate, rounds, tasks, trees
+from fedjax_peft import adapters, aggregate, algorithms, checkpoint, loop, rounds, tasks, trees
 from fedjax_peft.algorithms import (
     adalora,
     bayestune,
@@ -303,6 +306,44 @@ def test_private_arrays_are_not_uploaded(name):
     assert not sent & (private | {"scale"})
     if name != "fedit_one_layer":  # sends the rows of its untouched layer as zeros, and does not count them
         assert method.traffic(server)[1] == sum(leaf.size for leaf in jax.tree.leaves(upload))
+
+
+# Rows that are methods as they are, without further settings: enough for several processes.
+METHODS = [name for name in TABLE if name in algorithms.ALL]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """(folder, results) of two processes with two devices each."""
+    folder = tmp_path_factory.mktemp("pair")
+    state, _ = two_rounds(processes_job.STATEFUL)
+    people = state.population._replace(changed=state.population.known.copy(), written=state.population.written.copy())
+    loop.save(checkpoint.manager(folder / "one"), folder / "one", 2, state.server, people._replace(segments={}))
+    place, rest = started.address(), (str(folder), ",".join(METHODS))
+    started.finish([started.start("processes_job.py", place, "2", index, *rest) for index in "01"])
+    return folder, pickle.loads((folder / "results.pickle").read_bytes())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_are_as_one(name, pair):
+    state, _ = two_rounds(name)
+    server, states, known = pair[1][name]
+    assert known.tolist() == state.population.known.tolist()
+    tolerance = TABLE[name].tolerance
+    assert_close(server, state.server, tolerance)
+    assert_close(states, state.population.states, tolerance)
+
+
+def test_one_process_reads_what_two_wrote(pair):
+    folder, results = pair
+    method = algorithm(processes_job.STATEFUL)
+    server, people = loop.final(method, rounds.make_mesh(4), federation.CLIENTS, folder / "several")
+    assert_same((server, people.states, people.known), results[processes_job.STATEFUL])
+
+
+def test_two_processes_read_what_one_wrote(pair):
+    state, _ = two_rounds(processes_job.STATEFUL)
+    assert_same(pair[1]["read"], (state.server, state.population.states, state.population.known))
 
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "algorithms.json"

@@ -1,4 +1,4 @@
-"""What each of several processes does for processes_test.py: two rounds of every method, and a population on disk.
+"""What each of several processes does for algorithms_test.py: two rounds of every method, and a population on disk.
 
 Run as `python processes_job.py COORDINATOR PROCESSES PROCESS FOLDER METHODS`, rows of the contract's table with commas
 between them; the first process leaves results.pickle in the folder.

@@ -1,92 +1,18 @@
-"""Two processes are as one: the same numbers, one checkpoint for any number of them, and an end when one is missing."""
+"""Several processes are one run, which ends when one of them is missing; their numbers are in algorithms_test.py."""
 
 import json
-import os
 import pathlib
-import pickle
-import socket
 import subprocess
-import sys
-import tempfile
 import threading
 import time
 
-import algorithms_test
-import conftest
-import federation
 import jax
 import numpy as np
-import processes_job
 import pytest
 import tiny
-from federation import assert_close, assert_same
+from started import ENVIRONMENT, address, finish, start
 
-from fedjax_peft import algorithms, checkpoint, loop, metrics, processes, rounds
-
-NAMES = [name for name in algorithms_test.TABLE if name in algorithms.ALL]
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {conftest.FAST_COMPILATION}",
-    # Compiled once for all starts.
-    "JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-}
-
-
-def address() -> str:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return f"localhost:{free.getsockname()[1]}"
-
-
-def start(*arguments: str, **environment: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=pathlib.Path(__file__).parent,
-        env=os.environ | ENVIRONMENT | environment,
-    )
-
-
-def finish(started: list[subprocess.Popen]) -> None:
-    said = [process.communicate()[0] for process in started]
-    assert [process.returncode for process in started] == [0] * len(started), "\n\n".join(said)
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """(folder, results) of two processes with two devices each."""
-    folder = tmp_path_factory.mktemp("pair")
-    state, _ = algorithms_test.two_rounds(processes_job.STATEFUL)
-    people = state.population._replace(changed=state.population.known.copy(), written=state.population.written.copy())
-    loop.save(checkpoint.manager(folder / "one"), folder / "one", 2, state.server, people._replace(segments={}))
-    place = address()
-    finish([start("processes_job.py", place, "2", str(index), str(folder), ",".join(NAMES)) for index in range(2)])
-    return folder, pickle.loads((folder / "results.pickle").read_bytes())
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_two_processes_are_as_one(name, pair):
-    state, _ = algorithms_test.two_rounds(name)
-    server, states, known = pair[1][name]
-    assert known.tolist() == state.population.known.tolist()
-    tolerance = algorithms_test.TABLE[name].tolerance
-    assert_close(server, state.server, tolerance)
-    assert_close(states, state.population.states, tolerance)
-
-
-def test_one_process_reads_what_two_wrote(pair):
-    folder, results = pair
-    method = algorithms_test.algorithm(processes_job.STATEFUL)
-    server, people = loop.final(method, rounds.make_mesh(4), federation.CLIENTS, folder / "several")
-    assert_same((server, people.states, people.known), results[processes_job.STATEFUL])
-
-
-def test_two_processes_read_what_one_wrote(pair):
-    state, _ = algorithms_test.two_rounds(processes_job.STATEFUL)
-    assert_same(pair[1]["read"], (state.server, state.population.states, state.population.known))
+from fedjax_peft import metrics, processes
 
 
 def test_flags_that_do_not_fit_are_said_at_once():
