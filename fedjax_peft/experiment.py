@@ -185,8 +185,9 @@ def _parts(algorithm: Algorithm, server: PyTree, people: population.Population, 
     Clients that were never in a cohort share the initial part.
     """
     here, count, known = jax.process_index(), jax.process_count(), people.known
+    make = rounds.make_parts(algorithm)
     anybody = population.take(people, np.zeros(1, np.int32))
-    initial = jax.device_get(rounds.parts(algorithm, server, anybody, np.zeros(1, bool)))
+    initial = jax.device_get(make(server, anybody, np.zeros(1, bool)))
 
     def room(leaf):
         # Zeros are mapped and not touched: where that is the initial part, as of tables, it takes no memory.
@@ -201,7 +202,7 @@ def _parts(algorithm: Algorithm, server: PyTree, people: population.Population, 
         own, took = ids[ids % count == here], known[ids]
         if took.any():
             states = population.everyone(people._replace(states=population.take(people, own), known=took))
-            made = jax.device_get(rounds.parts(algorithm, server, states, took))
+            made = jax.device_get(make(server, states, took))
             for every, own in zip(*map(jax.tree.leaves, (whole, made)), strict=True):
                 every[ids[took]] = own[took]
     return whole

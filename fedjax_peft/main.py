@@ -205,7 +205,7 @@ def _parse(values: flags.FlagValues, arguments: list[str], needed: Sequence[str]
     except (flags.Error, OSError, AttributeError, TypeError) as error:
         raise ValueError(_sentence(str(error))) from None
     if rest:
-        known = [f"--{name}=.." for name in needed or values] + ["--config.KEY=VALUE"] * ("config" in needed)
+        known = [f"--{name}=.." for name in needed] + ["--config.KEY=VALUE"] * ("config" in needed)
         raise ValueError(f"{rest[0]!r} is no flag; flags are {', '.join(known)}")
     for name in needed:
         if values[name].value is None:

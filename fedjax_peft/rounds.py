@@ -177,19 +177,23 @@ def client_states(algorithm: Algorithm, server: PyTree) -> PyTree:
     return jax.eval_shape(algorithm.init_client, server, jax.ShapeDtypeStruct((), jnp.int32), key)
 
 
-def parts(algorithm: Algorithm, server: PyTree, states: PyTree, known: Array) -> PyTree:
-    """What of its base belongs to each client, `[N, ..]`; clients without a state have what everybody starts with.
+def make_parts(algorithm: Algorithm) -> Callable[[PyTree, PyTree, Array], PyTree]:
+    """Builds what says which part of its base belongs to each client.
 
-    Args:
-      states: of all clients, `[N, ..]`.
-      known: [N] which of them have one.
+    Returns:
+      (server, states `[N, ..]`, known [N]) -> parts `[N, ..]`. Clients that are not known have no state yet, and so
+      what everybody starts with.
     """
 
-    def part(client_id, state, known):
+    def part(server, client_id, state, known):
         started = algorithm.init_client(server, client_id, jax.random.key(0))
         return algorithm.part(trees.where(known, state, started))
 
-    return jax.jit(jax.vmap(part))(jnp.arange(len(known), dtype=jnp.int32), states, known)
+    @jax.jit
+    def parts(server, states, known):
+        return jax.vmap(part, (None, 0, 0, 0))(server, jnp.arange(len(known), dtype=jnp.int32), states, known)
+
+    return parts
 
 
 def make_round(algorithm: Algorithm, mesh: Mesh, chunk: int) -> Callable:

@@ -216,7 +216,7 @@ def check_parts(run, workdir, base):
     stage = stages.Stage.make(first, ground.load(run.config, first.seed))
     server, people = loop.final(stage.algorithm, stage.mesh, count, workdir / "base")
     assert people.known.sum() == 3
-    expected = rounds.parts(stage.algorithm, server, people.states, people.known)
+    expected = rounds.make_parts(stage.algorithm)(server, people.states, people.known)
     assert_same(run.ground.parts, expected)
     clients = np.append(np.flatnonzero(people.known)[::-1], np.flatnonzero(~people.known)[0])
     given = run.stage.points["fedp2eft r1"].support(clients).constants["part"]

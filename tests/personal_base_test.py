@@ -71,5 +71,5 @@ def test_clients_that_never_took_part_have_the_initial_part():
     method = lora.lora(MODEL, TASK, INIT, ADAM)._replace(
         init_client=lambda server, client_id, key: server + client_id, part=lambda client: {"own": client}
     )
-    found = rounds.parts(method, jnp.full(2, 10.0), kept, np.array([True, False, True]))
+    found = rounds.make_parts(method)(jnp.full(2, 10.0), kept, np.array([True, False, True]))
     np.testing.assert_array_equal(found["own"], [[0, 1], [11, 11], [4, 5]])

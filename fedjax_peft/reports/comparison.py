@@ -5,8 +5,6 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from fedjax_peft.reports import finished
 
 GROUPS = 20  # most rows of groups in a table
@@ -69,11 +67,9 @@ def _over_seeds(runs: Sequence[finished.Run], pool: str) -> list[str]:
 
 
 def _cell(values: Iterable[float]) -> str:
-    """One number, or the mean of several and their sample deviation, n - 1 below."""
-    values = list(values)
-    if len(values) == 1:
-        return f"{values[0]:.3f}"
-    return f"{np.mean(values):.3f}±{np.std(values, ddof=1):.3f}"
+    """One number, or the mean of several and their sample deviation."""
+    mean, deviation = finished.over_seeds(list(values))
+    return f"{mean:.3f}" if deviation is None else f"{mean:.3f}±{deviation:.3f}"
 
 
 def of_points(methods: Mapping[str, list[finished.Run]]) -> tuple[list[str], list[list[Any]]]:

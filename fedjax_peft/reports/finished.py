@@ -62,6 +62,11 @@ def seeds(experiment: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in experiment.items() if key == "seed" or re.fullmatch(r"data\.(.*\.)?seed", key)}
 
 
+def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean over seeds and their sample deviation, n - 1 below, which one alone does not have."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
 def split(point: str) -> tuple[str, int | None]:
     """(method, budget) of a point's name: `lora r4` is `lora` at 4 ranks a site; other names have no budget."""
     found = re.fullmatch(r"(.+) r(\d+)", point)

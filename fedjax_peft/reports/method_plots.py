@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib import figure
 
-from fedjax_peft.reports import client_plots
+from fedjax_peft.reports import client_plots, finished
 
 
 def ways(scores: Mapping[str, Mapping[str, Sequence[float]]], metric: str) -> figure.Figure:
@@ -24,8 +24,8 @@ def ways(scores: Mapping[str, Mapping[str, Sequence[float]]], metric: str) -> fi
         for way, values in of.items():
             height = names.index(way)
             panel.plot(values, np.full(len(values), height), ".", color=color, alpha=0.4, markersize=5, mew=0)
-            deviation = np.std(values, ddof=1) if len(values) > 1 else None
-            panel.errorbar(np.mean(values), height, xerr=deviation, color=color, marker=marker, markersize=5, capsize=2)
+            mean, deviation = finished.over_seeds(values)
+            panel.errorbar(mean, height, xerr=deviation, color=color, marker=marker, markersize=5, capsize=2)
         panel.set(title=f"{pool} clients", xlabel=f"{client_plots.axis_label(metric)}, mean over groups")
         panel.grid(axis="both", color="0.92")
     panels[0].set_yticks(range(len(names)), [client_plots.drawable(name, 40) for name in names])

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib import axes, cm, colors, figure, ticker
 
-from fedjax_peft.reports import client_plots
+from fedjax_peft.reports import client_plots, finished
 
 STACKED = re.compile(r".*\b(?:layer|layers|h)\.(\d+)\.(.+)")  # a site of a layer stack: its layer and its kind
 KINDS = {  # in the order of the forward pass; kinds that are not here come last under the end of their own name
@@ -60,18 +60,16 @@ def kept(rows: Iterable[Mapping[str, Any]]) -> Kept:
 
 def curves(scores: Mapping[tuple[str, int | None], float | Sequence[float]]) -> dict[str, Curve]:
     """A curve a method, from {(method, budget): score, or one a seed}; what has no budget has none."""
-    found: dict[str, dict[int, np.ndarray]] = {}
-    for (method, budget), score in scores.items():
+    found: dict[str, dict[int, tuple[float, float | None]]] = {}
+    for (method, budget), values in scores.items():
         if budget:
-            found.setdefault(method, {})[budget] = np.atleast_1d(score)
+            found.setdefault(method, {})[budget] = finished.over_seeds(np.atleast_1d(values))
     return {method: _curve(dict(sorted(of.items()))) for method, of in found.items()}
 
 
-def _curve(scores: Mapping[int, np.ndarray]) -> Curve:
-    means = np.array([values.mean() for values in scores.values()])
-    if min(map(len, scores.values())) < 2:
-        return Curve(np.array(list(scores)), means)
-    return Curve(np.array(list(scores)), means, np.array([values.std(ddof=1) for values in scores.values()]))
+def _curve(scores: Mapping[int, tuple[float, float | None]]) -> Curve:
+    means, deviations = zip(*scores.values(), strict=True)
+    return Curve(np.array(list(scores)), np.array(means), None if None in deviations else np.array(deviations))
 
 
 def heat_map(found: Kept, title: str) -> figure.Figure:
