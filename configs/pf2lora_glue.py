@@ -26,7 +26,7 @@ from fedjax_peft import experiment
 TASKS = {  # columns of the texts, rounds as published, tokens of a text here
     "cola": ("sentence", 50, 16),
     "sst2": ("sentence", 100, 24),
-    "qnli": (("question", "sentence"), 100, 48),
+    "qnli": (("question", "sentence"), 100, 32),
     "mnli": (("premise", "hypothesis"), 300, 48),
     "qqp": (("question1", "question2"), 300, 48),
 }
