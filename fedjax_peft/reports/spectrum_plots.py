@@ -8,6 +8,7 @@ from matplotlib import figure, ticker
 
 LEVELS = {"sum": ("0.15", "o"), "common": ("#0072B2", "s"), "personal": ("#D55E00", "^")}
 SHOWN = 24  # most singular values of a site that are drawn
+DRAWN = (1e-4, 2.0)  # relative ones: a step of SGD moves a personal adapter a hundredth of a common one
 
 
 def over_rounds(rows: Iterable[Mapping[str, Any]], title: str) -> figure.Figure:
@@ -54,8 +55,7 @@ def values(rows: Iterable[Mapping[str, Any]], title: str) -> figure.Figure:
         low, middle, high = np.quantile(found, (0.1, 0.5, 0.9), axis=0)
         panel.plot(index, middle, color=color, marker=marker, markersize=4, linewidth=1.2, label=level)
         panel.fill_between(index, low, high, color=color, alpha=0.15, linewidth=0)
-    panel.set(xlabel="index", ylabel="relative singular value")
-    panel.set_ylim(bottom=0)
+    panel.set(xlabel="index", ylabel="relative singular value", yscale="log", ylim=DRAWN)
     panel.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
     panel.grid(axis="y", color="0.92")
     panel.legend(fontsize=8)
@@ -79,9 +79,10 @@ def values_over_rounds(rows: Iterable[Mapping[str, Any]], title: str) -> figure.
         for index, line in enumerate(medians.T):
             # Later ones are paler: which line is which shows without a legend of two dozen.
             alpha = 1 - 0.75 * index / len(medians.T)
+            # Adapters that start at zero have no logarithm.
+            line = np.where(line > 0, line, np.nan)
             panel.plot(sorted(of), line, color=color, marker=marker, markersize=3, linewidth=1, alpha=alpha)
-        panel.set(title=level, xlabel="round")
-        panel.set_ylim(bottom=0)
+        panel.set(title=level, xlabel="round", yscale="log", ylim=DRAWN)
         panel.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
         panel.grid(axis="y", color="0.92")
     panels[0].set_ylabel("relative singular value")
