@@ -79,10 +79,10 @@ def values_over_rounds(rows: Iterable[Mapping[str, Any]], title: str) -> figure.
         for index, line in enumerate(medians.T):
             # Later ones are paler: which line is which shows without a legend of two dozen.
             alpha = 1 - 0.75 * index / len(medians.T)
-            # Adapters that start at zero have no logarithm.
-            line = np.where(line > 0, line, np.nan)
             panel.plot(sorted(of), line, color=color, marker=marker, markersize=3, linewidth=1, alpha=alpha)
-        panel.set(title=level, xlabel="round", yscale="log", ylim=DRAWN)
+        panel.set(title=level, xlabel="round")
+        panel.set_yscale("log", nonpositive="mask")  # adapters start at zero
+        panel.set_ylim(DRAWN)
         panel.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
         panel.grid(axis="y", color="0.92")
     panels[0].set_ylabel("relative singular value")
