@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import axes, figure
+from matplotlib import axes, figure, ticker
 
 from fedjax_peft.reports import rank_plots, spectrum_plots
 
@@ -74,6 +74,7 @@ def _panels(title: str, count: int) -> tuple[figure.Figure, Sequence[axes.Axes]]
     panels = picture.subplots(1, count, sharey=True, squeeze=False)[0]
     for panel in panels:
         panel.grid(axis="y", color="0.92")
+        panel.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     return picture, panels
 
 
