@@ -15,9 +15,9 @@ of eight clients and one of tests. Without a source, data come from the hub, whi
 Paper: Zhang et al., Personalized Federated Fine-Tuning for LLMs via Data-Driven Heterogeneous Model Architectures, WWW
 2026, arXiv 2411.19128. A variant is SCENARIO,METHOD,SIZE. Scenarios: `snli_A` and `dolly_A`, ten clients by
 Dirichlet(A) with A of 0.1, 1 or 100; `ni`, one task of Natural Instructions a client; and, not of the paper, `flan1`
-and `flan2`, eight task clients each. Methods: the table's. FedAMoLE and the `-FT` of baselines are the point `personal`
-of a run, after one more local round; plain FedIT, FedPrompt and FedPTuning are the point `global` of the same run, the
-mean after 29 rounds where the study has that after 30. Evaluations on the way are of `global` alone.
+and `flan2`, eight task clients each. Methods: those of METHODS. FedAMoLE and the `-FT` of baselines are the point
+`personal` of a run, after one more local round; plain FedIT, FedPrompt and FedPTuning are the point `global` of the
+same run, the mean after 29 rounds where the study has that after 30. Evaluations on the way are of `global` alone.
 
 `fedit_matched`, which the paper lacks, is FedIT with as many parameters as FedAMoLE's average client (rank 61 as
 published; at the small size 32, and 37 of `flan`), and so with its traffic: what either trains is what it sends, each

@@ -1,12 +1,12 @@
 """FedP2EFT on instructions in eight languages: 38 natural clients of Fed-Aya, eight of them unseen.
 
-    fedjax-peft run --config=configs/fedp2eft_fedaya.py --workdir=runs/fedaya
-    fedjax-peft run --config=configs/fedp2eft_fedaya.py:llama --workdir=runs/fedaya-llama
+    fedjax-peft run --config=configs/fedp2eft_fedaya.py --config.data.source=FOLDER --workdir=runs/fedaya
+    fedjax-peft run --config=configs/fedp2eft_fedaya.py:llama --config.data.source=FOLDER --workdir=runs/fedaya-llama
 
 Paper: Lee et al., FedP2EFT, AAAI 2026, arXiv 2502.04387. Data: FedLLM-Bench's aya_38c_25k.json (Ye et al., arXiv
-2406.04845), of which a folder with train.jsonl is needed, columns client, language, instruction, response:
---config.data.source=FOLDER. Variants: the default is MobileLLaMA-1.4B on a base that FedIT makes in 200 rounds, `llama`
-is Llama-3.2-3B-Instruct off the shelf, asked in its own chat template; `small` has the form of the study on
+2406.04845), of which FOLDER has train.jsonl with the columns client, language, instruction and response. The extras
+`causal` and `text` are needed. Variants: the default is MobileLLaMA-1.4B on a base that FedIT makes in 200 rounds,
+`llama` is Llama-3.2-3B-Instruct off the shelf, asked in its own chat template; `small` has the form of the study on
 SmolLM2-135M and any such folder. METEOR here matches words and stems; with WordNet's synonyms, as published, it is the
 measure `meteor_wordnet`. Tables by language count a client of several under the one that most of its rows have.
 

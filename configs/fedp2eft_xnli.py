@@ -39,7 +39,8 @@ By language, r = 2, base / FedP2EFT / LoRA / AdaLoRA / BayesTune, seen: ar 43.8 
 60.4 / 61.8 / 61.8 / 39.6, fr 41.7 / 59.7 / 66.7 / 59.7 / 41.7, hi 39.6 / 62.5 / 63.2 / 62.5 / 39.6, ru 39.6 / 53.5 /
 64.6 / 64.6 / 39.6, sw 43.8 / 56.9 / 65.3 / 58.3 / 43.8, th 35.4 / 57.6 / 65.3 / 61.1 / 35.4, tr 41.7 / 59.0 / 60.4 /
 60.4 / 41.7, ur 39.6 / 56.9 / 59.0 / 54.2 / 39.6, vi 37.5 / 62.5 / 63.2 / 61.1 / 37.5, zh 39.6 / 60.4 / 62.5 / 60.4 /
-39.6. `fedjax-peft report runs/0 runs/1 runs/2` prints these of runs with --config.seed=0, 1 and 2. FedL2P was not run.
+39.6. `fedjax-peft report runs/0 runs/1 runs/2` prints these of runs with --config.seed=0, 1 and 2. Measured at commit
+3c03def, all four methods in one command. FedL2P was not run.
 
 Reading: 200 pairs teach such a model next to nothing of inference. What clients win is how their labels are divided:
 the most frequent one alone does as well as the best method. At two ranks a site FedP2EFT is six points behind uniform

@@ -1,4 +1,4 @@
-"""News topics in African languages: FedIT over 10 clients a language, half of the clients unseen.
+"""News topics in African languages: FedIT over 20 clients a language, half of the clients unseen.
 
     fedjax-peft run --config=configs/masakhanews.py --workdir=runs/masakhanews
 
@@ -8,8 +8,10 @@ a seen and an unseen pool; in each, ten clients get their own mix of topics from
 
     --config.model.source=google-bert/bert-base-multilingual-cased
 
-Local copies of the data (LANGUAGE/train.parquet ..): --config.data.source=FOLDER. The partition here uses the official
-train and test splits; the published one joins train and validation first. Variant `small`: three languages, for a try.
+The hub's copy of the data comes with a script, which is no longer run: --config.data.source=FOLDER names one with
+LANGUAGE/train.parquet .. or what `hf download --repo-type=dataset --revision=refs/convert/parquet --local-dir=FOLDER
+masakhane/masakhanews` fetches. The partition here uses the official train and test splits; the published one joins
+train and validation first. Variant `small`: three languages, for a try.
 """
 
 from fedjax_peft import experiment

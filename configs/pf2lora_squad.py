@@ -1,4 +1,4 @@
-"""PF2LoRA on SQuAD: four clients, whole titles each; exact match and F1 of answers found in windows of a text.
+"""PF2LoRA on SQuAD: four clients, whole titles each (small: texts); exact match and F1 of answers in windows of a text.
 
     fedjax-peft run --config=configs/pf2lora_squad.py --config.data.source=FOLDER --workdir=runs/squad
     fedjax-peft run --config=configs/pf2lora_squad.py:pf2lora,v1 --workdir=runs/squad-v1

@@ -7,6 +7,7 @@ import huggingface_hub
 import jax
 import numpy as np
 import pyarrow
+import pytest
 import tiny
 from federation import assert_same
 
@@ -51,3 +52,12 @@ def test_rows_of_a_data_set_are_read_by_subset_and_split(monkeypatch):
     assert asked == [("some/data", "xho", "train"), ("some/data", "yor", "train")]
     assert found["language"].tolist() == ["xho", "xho", "yor", "yor"]
     np.testing.assert_array_equal(found["label"], [1, 0, 1, 0])
+
+
+def test_where_a_data_set_has_only_a_script_its_parquet_files_are_named(monkeypatch):
+    def load(name, config, *, split):
+        raise RuntimeError("Dataset scripts are no longer supported, but found data.py")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load))
+    with pytest.raises(ValueError, match="hf download .*refs/convert/parquet --local-dir=FOLDER some/data"):
+        text.read("some/data", split="train")

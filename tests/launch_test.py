@@ -62,7 +62,7 @@ def lines(folder):
 def test_nothing_is_left_to_fill_in(target, tmp_path):
     text = rendered(target, tmp_path)
     assert not re.search(r"@[A-Z]+@", text)
-    assert "--config.run.chunk=8" in text and "masakhanews" in text
+    assert "--config.data.source=" in text and "masakhanews" in text
 
 
 @pytest.mark.further

@@ -43,8 +43,11 @@ def test_folders_may_have_configs_and_numbered_parts(tmp_path):
     write(tmp_path / "de" / "test.parquet", ROWS[:1])
     write(tmp_path / "fr" / "test-00000-of-00002.parquet", ROWS[1:2])
     write(tmp_path / "fr" / "test-00001-of-00002.parquet", ROWS[2:])
+    write(tmp_path / "it" / "test" / "0000.parquet", ROWS[:2])
+    write(tmp_path / "it" / "test" / "0001.parquet", ROWS[2:])
     write(tmp_path / "data" / "test-00000-of-00001.parquet", ROWS)
     assert text.read(tmp_path, split="test", config="fr")["label"].tolist() == [0, -1]
+    assert text.read(tmp_path, split="test", config="it")["label"].tolist() == [1, 0, -1]
     assert text.read(tmp_path, split="test")["label"].tolist() == [1, 0, -1]
     both = text.read_configs(tmp_path, ["fr", "de"], split="test")
     assert both["language"].tolist() == ["fr", "fr", "de"] and both["label"].tolist() == [0, -1, 1]

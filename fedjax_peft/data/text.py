@@ -29,8 +29,8 @@ def read(
 
     Args:
       source: a file .parquet, .csv, .tsv or .jsonl; a folder with [CONFIG/]SPLIT.parquet or the like, also in the hub's
-        layout [CONFIG/ or data/]SPLIT-00000-of-00001.parquet; or the name of a data set on the hub. Files and
-        folders may be in an object store, as gs://BUCKET/PATH.
+        layouts [CONFIG/ or data/]SPLIT-00000-of-00001.parquet and [CONFIG/]SPLIT/0000.parquet; or the name of a data
+        set on the hub. Files and folders may be in an object store, as gs://BUCKET/PATH.
       split: 'train', 'test', .., or several, as in 'train+validation', one after the other; a file is one split,
         whatever it is called. '*' is every file of a folder in the order of names, which the new column `file` has,
         without suffixes.
@@ -185,14 +185,15 @@ def _each(folder: epath.Path, columns: Sequence[str] | None) -> Table:
 
 
 def _files(folder: epath.Path, split: str, config: str | None) -> list[epath.Path]:
-    """The files of a split: one, or the numbered parts of the hub's layout."""
+    """The files of a split: one, or the numbered parts of the hub's layouts."""
     places = [folder / config] if config else [folder, folder / "data"]
     for place in places:
         for suffix in _READERS:
             if (place / f"{split}{suffix}").is_file():
                 return [place / f"{split}{suffix}"]
-            if parts := [path for path in _inside(place) if fnmatch.fnmatch(path.name, f"{split}-[0-9]*{suffix}")]:
-                return parts
+            for inside, pattern in ((place, f"{split}-[0-9]*{suffix}"), (place / split, f"[0-9]*{suffix}")):
+                if parts := [path for path in _inside(inside) if fnmatch.fnmatch(path.name, pattern)]:
+                    return parts
     there = [path.name for path in _inside(places[0])]
     found = f"only {', '.join(there[:8])}" if there else "which does not exist or is empty"
     raise ValueError(f"no {split} split (as {split}.parquet, for example) in {places[0]}, {found}")
@@ -215,6 +216,11 @@ def _from_hub(name: str, split: str, config: str | None) -> pyarrow.Table:
         return datasets.load_dataset(name, config, split=split).with_format("arrow")[:]
     except Exception as error:  # missing data sets, no network and bad configs all differ in type
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "scripts are no longer supported" in reason:
+            reason += (
+                "; its parquet files can do: hf download --repo-type=dataset --revision=refs/convert/parquet "
+                f"--local-dir=FOLDER {name}, and data.source=FOLDER"
+            )
         raise ValueError(
             f"no data set {name!r} ({config=}, {split=}) on this machine, and the hub did not give it: {reason}"
         ) from None
