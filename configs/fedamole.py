@@ -22,7 +22,7 @@ same run, the mean after 29 rounds where the study has that after 30. Evaluation
 `fedit_matched`, which the paper lacks, is FedIT with as many parameters as FedAMoLE's average client (rank 61 as
 published; at the small size 32, and 37 of `flan`), and so with its traffic: what either trains is what it sends, each
 way, but for ids and embeddings of experts, three in ten thousand. In `reference`, where mixtures alone are bfloat16, it
-sends twice the bytes. Beside `fedit` tables tell the two apart by rank and alpha.
+sends twice the bytes.
 
 `published` is the study as published (Llama-3.2-1B, 30 rounds of 200 steps of one example, a learning rate of 5e-5
 that falls by 1 % a round; seed 42, and for the other two `--config.seed=62 --config.data.seed=62` and 82; accelerators
@@ -80,6 +80,7 @@ def get_config(variant: str = "snli_1"):
     kind, _, alpha = scenario.partition("_")
     data = kind.rstrip("12")
     config = experiment.default_config()
+    config.run.title = method
     config.data.name = {"ni": "natural_instructions", "flan": "fed_flan"}.get(data, data)
     if data == "ni":
         config.data.split = "train"  # at the source a split by tasks: those of `test` are not among the published ones

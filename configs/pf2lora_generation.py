@@ -40,6 +40,7 @@ def get_config(variant: str = "webnlg"):
     if size not in ("small", "published"):
         raise ValueError(f"size is {size!r}, expected 'small' or 'published'")
     config = experiment.default_config()
+    config.run.title = method
     config.data.name = data
     config.data.source = "FOLDER"
     # The validation split of E2E, enough for the small version, has two kinds of food, and restaurants without any.

@@ -50,6 +50,7 @@ def get_config(variant: str = "cola"):
     if size not in ("small", "published"):
         raise ValueError(f"size is {size!r}, expected 'small' or 'published'")
     config = experiment.default_config()
+    config.run.title = method
     config.data.name = "table"
     config.data.source = "nyu-mll/glue"
     config.data.configs = (task,)

@@ -25,6 +25,7 @@ def get_config(variant: str = "pf2lora"):
     if size not in ("small", "v1", "v2"):
         raise ValueError(f"size is {size!r}, expected 'small', 'v1' or 'v2'")
     config = experiment.default_config()
+    config.run.title = method
     config.data.name = "squad"
     config.data.clients = config.cohort = 4
     config.adapter.rank = 10 if method == "hetlora" else 8

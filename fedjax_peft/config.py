@@ -97,6 +97,7 @@ def default_config() -> ConfigDict:
     config.run = ConfigDict()
     config.run.mesh = ConfigDict({"clients": config_dict.placeholder(int), "model": 1})
     config.run.chunk = 0  # clients that a device works on at once; 0 measures a few and takes the fastest
+    config.run.title = config_dict.placeholder(str)  # what tables call its method; unset: the algorithm's name
     config.run.scan = config_dict.placeholder(bool)  # layers as a loop; unset: unrolled on CPU only, where it is faster
     config.run.remat = False  # layers are computed again in the backward pass, which saves memory
     config.run.checkpoint_every = 5  # rounds

@@ -28,18 +28,21 @@ def test_gains_are_relative_and_the_rival_of_several_scenarios_is_one_method():
     assert found["everything"].percent == pytest.approx(100 * (2.0 - 1.6) / 1.6)
 
 
-def test_methods_must_be_in_all_scenarios():
-    with pytest.raises(ValueError, match="'z' is not a method of all 3 scenarios, which ours, x, y are"):
-        gains.gains("z", SCORES, SETS)
-    with pytest.raises(ValueError, match="there is no method beside ours"):
-        gains.gains("ours", {"a": {"ours": 1.0}}, {"a": "a"})
+def test_rivals_are_methods_of_all_scenarios_of_an_average():
+    scores = SCORES | {"b": SCORES["b"] | {"z": 0.9}}
+    found = {gain.of: gain.rival for gain in gains.gains("ours", scores, SETS)}
+    assert found["b"] == "z" and found["everything"] == "y"
+    with pytest.raises(ValueError, match="a 1: 'z' is not one of the methods, which are ours, x, y"):
+        gains.gains("z", scores, SETS)
+    with pytest.raises(ValueError, match="a: there is no method beside ours"):
+        gains.gains("ours", {"a": {"ours": 1.0, "ours (global)": 0.5}}, {"a": "a"})
 
 
-def write(folder, alpha, algorithm, seed, personal, before, *, rank=8, metric="accuracy", **data):
+def write(folder, alpha, algorithm, seed, personal, before, *, rank=8, metric="accuracy", title=None, **data):
     folder.mkdir()
     experiment = {"data": {"name": "snli", "alpha": alpha} | data, "adapter": {"rank": rank}}
     experiment |= {"algorithm": {"name": algorithm}, "seed": seed}
-    metrics.write_json(folder / "manifest.json", {"experiment": experiment})
+    metrics.write_json(folder / "manifest.json", {"experiment": experiment, "run": {"title": title}})
     points = {
         name: {"clients": 2, "loss": {"mean": 1.0}, metric: {"mean": value}}
         for name, value in (("personal", personal), ("global", before))
@@ -94,6 +97,20 @@ def test_runs_of_one_algorithm_are_told_apart_by_what_differs_within_a_scenario(
     assert set(scores["alpha=0.1"]) == {name + end for name in points for end in ("", " (global)")}
     assert scores["alpha=0.1"]["fedit rank=8"] == scores["alpha=1.0"]["fedit rank=8"] == pytest.approx(0.5)
     assert "fedit rank=61" not in scores["alpha=1.0"]
+
+
+def test_titles_are_names_whatever_else_differs_between_scenarios(tmp_path, capsys):
+    for alpha in (0.1, 1.0):
+        write(tmp_path / f"ours{alpha}", alpha, "fedamole", 0, 0.8, 0.9)
+        write(tmp_path / f"a{alpha}", alpha, "fedit", 0, 0.4, 0.5)
+        write(tmp_path / f"b{alpha}", alpha, "fedit", 0, 0.6, 0.5, rank=round(60 * alpha), title="matched")
+    write(tmp_path / "c", 0.1, "fdlora", 0, 0.1, 0.1)
+    scores, *_ = gains.read(sorted(tmp_path.iterdir()))
+    names = {name + end for name in ("fedamole", "fedit", "matched") for end in ("", " (global)")}
+    assert set(scores["alpha=1.0"]) == names
+    gains.show("fedamole", sorted(tmp_path.iterdir()))
+    said = capsys.readouterr().out
+    assert "+33.3333" in said and "not in every scenario: fdlora, fdlora (global)" in said
 
 
 def test_scenarios_may_have_metrics_of_their_own(tmp_path, capsys):

@@ -11,7 +11,7 @@ GROUPS = 20  # most rows of groups in a table
 
 
 def methods(runs: Sequence[finished.Run]) -> dict[str, list[finished.Run]]:
-    """Runs of the same experiment but for seeds, under the algorithm's name and what else sets them apart."""
+    """Runs of the same experiment but for seeds, under their method's name and what else sets them apart."""
     same: dict[str, list[finished.Run]] = {}
     for run in runs:
         own = finished.seeds(run.experiment)
@@ -20,11 +20,10 @@ def methods(runs: Sequence[finished.Run]) -> dict[str, list[finished.Run]]:
             if finished.seeds(other.experiment) == own:
                 raise ValueError(f"workdirs {other.workdir} and {run.workdir} hold the same run: give one of them")
         same[key].append(run)
-    experiments = [members[0].experiment for members in same.values()]
     rivals = collections.defaultdict(list)
-    for experiment in experiments:
-        rivals[experiment["algorithm.name"]].append(experiment)
-    labels = [label(own, differing(rivals[own["algorithm.name"]])) for own in experiments]
+    for first, *_ in same.values():
+        rivals[first.name].append(first.experiment)
+    labels = [label(first.name, first.experiment, differing(rivals[first.name])) for first, *_ in same.values()]
     return dict(zip(labels, same.values(), strict=True))
 
 
@@ -35,9 +34,8 @@ def differing(experiments: Sequence[Mapping[str, Any]]) -> list[str]:
     return sorted(key for key in keys if any(other.get(key) != first.get(key) for other in experiments))
 
 
-def label(experiment: Mapping[str, Any], keys: Iterable[str]) -> str:
-    """The algorithm's name, and an experiment's values of the keys that set it apart from others with the same."""
-    name = experiment["algorithm.name"]
+def label(name: str, experiment: Mapping[str, Any], keys: Iterable[str]) -> str:
+    """A method's name, and an experiment's values of the keys that set it apart from others with the same."""
     endings = collections.Counter(key.split(".")[-1] for key in {*experiment, *keys})
     # A run does not differ in arguments that it leaves to the function.
     for key in (key for key in keys if key in experiment):

@@ -15,6 +15,7 @@ class Run(NamedTuple):
     """A finished run directory."""
 
     workdir: epath.Path
+    name: str  # of its method: `run.title`, or the algorithm's
     base: epath.Path  # the directory of stage 1, if there was one
     experiment: dict[str, Any]  # config with dotted keys
     sha256: dict[str, str]
@@ -54,7 +55,14 @@ def read(workdir: epath.PathLike) -> Run:
     metric = summaries.headline(first[points[0]])
     experiment = traverse_util.flatten_dict(found["experiment"], sep=".")
     base = epath.Path(found["run"].get("base_workdir") or workdir / "base")
-    return Run(workdir, base, experiment, found["sha256"], summary["rounds"], summary["pools"], metric, points)
+    return Run(
+        workdir, name_of(found), base, experiment, found["sha256"], summary["rounds"], summary["pools"], metric, points
+    )
+
+
+def name_of(written: Mapping[str, Any]) -> str:
+    """What tables call the method of a run with this manifest."""
+    return written["run"].get("title") or written["experiment"]["algorithm"]["name"]
 
 
 def seeds(experiment: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ averages then mix.
 """
 
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +31,7 @@ class Found(NamedTuple):
 
 class _Run(NamedTuple):
     workdir: epath.Path
+    name: str  # of its method
     scenario: str  # all that is said of its data
     data: str  # set
     settings: dict[str, Any]  # the rest of its experiment, with dotted keys
@@ -52,12 +53,12 @@ def show(ours: str, workdirs: Sequence[epath.PathLike]) -> None:
     """Prints gains by scenario, by data set and over all, of the clients that took part in training.
 
     Args:
-      ours: name of a method: `algorithm.name`, and the settings that set it apart from others of the same algorithm.
+      ours: name of a method: `run.title` or the algorithm's, and the settings that set it apart from others with that.
       workdirs: finished runs of it and of others. A method's model before its last local steps is another one,
         `NAME (global)`.
 
     Raises:
-      ValueError: a directory without a finished run, or scenarios that not all methods have.
+      ValueError: a directory without a finished run, or a scenario without our method or without another.
     """
     scores, sets, metric_of = read(workdirs)
     found = gains(ours, scores, sets)
@@ -66,13 +67,15 @@ def show(ours: str, workdirs: Sequence[epath.PathLike]) -> None:
     console.table(f"gain of {ours} over the best other method", ["", ours, "best", "which", "gain, %"], rows)
     mean = np.mean([gain.percent for gain in found[: len(scores)]])
     print(f"mean of the scenarios' gains: {mean:+.4f} %; gain of the means over scenarios: {found[-1].percent:+.4f} %")
+    if partly := sorted(set().union(*scores.values()) - _of_all(scores.values())):
+        print("not in every scenario:", ", ".join(partly))
     print("everything is of the metrics", ", ".join(sorted(set(metric_of.values()))))
 
 
 def read(workdirs: Sequence[epath.PathLike]) -> Found:
     """What the clients of finished runs came to that took part in training.
 
-    How rows were drawn and what is held out beside tests make no scenario of their own. Runs of an algorithm that
+    How rows were drawn and what is held out beside tests make no scenario of their own. Runs with the same name that
     differ in more than seeds within a scenario, such as ablations, are methods of their own in all scenarios.
 
     Raises:
@@ -81,7 +84,7 @@ def read(workdirs: Sequence[epath.PathLike]) -> Found:
     runs = [_read(epath.Path(workdir)) for workdir in workdirs]
     rivals = collections.defaultdict(list)
     for run in runs:
-        rivals[run.settings["algorithm.name"], run.scenario].append(run.settings)
+        rivals[run.name, run.scenario].append(run.settings)
     apart = collections.defaultdict(set)
     for (name, _), settings in rivals.items():
         apart[name].update(comparison.differing(settings))
@@ -92,7 +95,7 @@ def read(workdirs: Sequence[epath.PathLike]) -> Found:
         if run.metric != other.metric:
             told = " and ".join(f"{one.metric} in {one.workdir}" for one in (other, run))
             raise ValueError(f"gains are of one metric a scenario, but those of {short[run.scenario]} are {told}")
-        label = comparison.label(run.settings, sorted(apart[run.settings["algorithm.name"]]))
+        label = comparison.label(run.name, run.settings, sorted(apart[run.name]))
         for point, value in run.points.items():
             title = {"personal": label, "global": f"{label} (global)"}.get(point, point)
             found.setdefault(short[run.scenario], {}).setdefault(title, []).append(value)
@@ -114,19 +117,14 @@ def _read(workdir: epath.Path) -> _Run:
     kept = [key for key in data if key != "data.aux" and key not in finished.seeds(data)]
     scenario = ", ".join(f"{key.removeprefix('data.')}={data[key]}" for key in kept)
     means = {name: of[metric]["mean"] for name, of in points.items()}
-    return _Run(workdir, scenario, data["data.name"], settings, metric, means)
+    return _Run(workdir, finished.name_of(written), scenario, data["data.name"], settings, metric, means)
 
 
 def gains(ours: str, scores: Scores, sets: Mapping[str, str]) -> list[Gain]:
     """A gain for each scenario, then for each data set, then over all scenarios.
 
-    Over several scenarios the best other method is the one whose mean over them is highest, the same in all.
+    Over several scenarios the best other method is the one whose mean over them is highest, of those that all have.
     """
-    methods = set.intersection(*(set(of) for of in scores.values()))
-    if ours not in methods:
-        raise ValueError(f"{ours!r} is not a method of all {len(scores)} scenarios, which {_names(methods)} are")
-    if len(methods) < 2:
-        raise ValueError(f"there is no method beside {ours} that all {len(scores)} scenarios have")
     groups = collections.defaultdict(list)
     for scenario, data in sets.items():
         groups[data].append(scenario)
@@ -135,10 +133,15 @@ def gains(ours: str, scores: Scores, sets: Mapping[str, str]) -> list[Gain]:
     wanted += [("everything", list(scores))]
     found = []
     for name, own in wanted:
-        means = {method: float(np.mean([scores[scenario][method] for scenario in own])) for method in sorted(methods)}
+        methods = sorted(_of_all([scores[scenario] for scenario in own]))
+        if ours not in methods:
+            raise ValueError(f"{name}: {ours!r} is not one of the methods, which are {', '.join(methods) or 'none'}")
+        means = {method: float(np.mean([scores[scenario][method] for scenario in own])) for method in methods}
         mine = means.pop(ours)
         # Our own model before its last local steps is no rival.
         means.pop(f"{ours} (global)", None)
+        if not means:
+            raise ValueError(f"{name}: there is no method beside {ours}")
         rival = max(means, key=means.__getitem__)
         found.append(Gain(name, mine, means[rival], rival, 100 * (mine - means[rival]) / means[rival]))
     return found
@@ -155,5 +158,5 @@ def _short(scenarios: Sequence[str]) -> dict[str, str]:
     }
 
 
-def _names(methods: set[str]) -> str:
-    return ", ".join(sorted(methods)) or "none"
+def _of_all(scenarios: Iterable[Mapping[str, float]]) -> set[str]:
+    return set.intersection(*map(set, scenarios))

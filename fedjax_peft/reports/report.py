@@ -26,7 +26,7 @@ def show(workdir: epath.PathLike) -> None:
     if summary is not None and "methods" in summary:
         return _show_recovery(epath.Path(workdir), summary["methods"])
     run = finished.read(workdir)
-    name, rows = run.experiment["algorithm.name"], metrics.read_rows(run.workdir / "clients.parquet")
+    name, rows = run.name, metrics.read_rows(run.workdir / "clients.parquet")
     title = _title(run.metric) + (f" after {run.rounds} rounds" if run.rounds else "") + f" of {name}"
     if len(run.points) == 1:
         console.table(title, *_table(run, rows))
@@ -112,7 +112,7 @@ def _draw(run: finished.Run, rows: Sequence[Mapping[str, Any]]) -> None:
     # Late, so that the table does not wait for matplotlib.
     from fedjax_peft.reports import plots
 
-    name, lines = run.experiment["algorithm.name"], metrics.read_lines(run.workdir / "rounds.jsonl")
+    name, lines = run.name, metrics.read_lines(run.workdir / "rounds.jsonl")
     folder, headline = run.workdir / "plots", run.points[0]
     plots.write(folder, lines, rows, algorithm=name, metric=run.metric, total=run.rounds, point=headline)
     path = run.workdir / "strategies.parquet"
@@ -196,7 +196,7 @@ def _table(run: finished.Run, rows: Sequence[Mapping[str, Any]]) -> tuple[list[s
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in last:
         groups.setdefault((row["pool"], row["group"]), []).append(row)
-    titles = {"global": run.experiment["algorithm.name"], "personal": "personalized"}
+    titles = {"global": run.name, "personal": "personalized"}
     columns = {point: titles.get(point, point) for point in (*run.before(), headline)}
     if run.metric == "accuracy":
         columns = {"majority": "majority"} | columns
