@@ -1,5 +1,6 @@
 """Federations of prompts and answers: who holds what, what is held out, and that nothing is tested that was trained."""
 
+import collections
 import json
 import pathlib
 
@@ -182,6 +183,13 @@ def test_choices_are_examples_of_the_test_store_alone(tmp_path):
     losses = np.where(np.arange(3) == gold[:, None], 1.0, 2.0).reshape(-1)
     found = federation.score(np.arange(len(losses)), {"loss": losses})
     assert found["questions"].sum() == found["accuracy"].sum() == len(gold) and found["loss"].sum() == len(gold)
+    usual = [collections.Counter(answer for _, answer in texts(federation.train, client)) for client in range(3)]
+    asked = np.split(gold, np.cumsum([len(texts(federation.test, client)) // 3 for client in range(2)]))
+    expected = [
+        np.mean(own == max(range(3), key=lambda choice: counts[federation.classes[choice]]))
+        for own, counts in zip(asked, usual, strict=True)
+    ]
+    np.testing.assert_allclose(federations.majority(federation), expected)
 
 
 def test_natural_instructions_are_the_first_of_the_largest_tasks(tmp_path):

@@ -54,6 +54,7 @@ class Federation(NamedTuple):
     aux: Store | None = None  # held out of training, and none of the test: what a method may fit or embed clients by
     validation: Store | None = None  # held out as well; nothing is chosen by it unless a study does
     references: tuple[tuple[str, ...], ...] | None = None  # of each test example: the texts that would be right
+    majority: np.ndarray | None = None  # [N] of choices: test accuracy of the right one that training has most often
     lost: Mapping[str, int] = {}  # by split: examples in `train_cut`, rows that clients lack in `train_left_out`, ..
 
 
@@ -108,6 +109,11 @@ def build(
 def cut(encoded: Encoded, clients: Sequence[np.ndarray]) -> int:
     """How many of the clients' examples lost the end of their texts."""
     return 0 if encoded.cut is None else int(encoded.cut[np.concatenate(clients)].sum())
+
+
+def majority(train: np.ndarray, test: np.ndarray) -> float:
+    """Share of a client's test labels that are the most frequent one of its training labels; NaN without either."""
+    return float(np.mean(test == np.bincount(train).argmax())) if len(train) and len(test) else np.nan
 
 
 def sizes(store: Store) -> np.ndarray:

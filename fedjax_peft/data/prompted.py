@@ -124,8 +124,8 @@ def federation(
 ) -> Federation:
     """Divides the rows of each client and makes examples of them.
 
-    After division and limits, rows whose prompt leaves no room for an answer are left out; a part that is then empty
-    gets a row from training.
+    After division, rows whose prompt leaves no room for an answer are left out; a part that is then empty gets a row
+    from training. Limits count what is left.
 
     Args:
       questions: of all splits, one after the other.
@@ -139,7 +139,7 @@ def federation(
       ValueError: a client has too few rows, or shares or limits make no sense.
     """
     division = Division(**division)
-    names, parts = tuple(names or federated.names(groups)), _limited(clients, division)
+    names, parts = tuple(names or federated.names(groups)), _parts(clients, division)
     held = np.unique(np.concatenate([rows for own in parts for rows in own.values()]))
     prompts = instructions.encode_prompts(
         tokenizer, [questions.prompts[row] for row in held], max_length=max_length, begin=questions.begin
@@ -164,6 +164,7 @@ def federation(
         task="choice" if questions.choices else "causal",
         score=instructions.chooser(rows, gold) if questions.choices else None,
         references=None if questions.choices else tuple(questions.answers[row] for row in rows),
+        majority=_majority(questions, parts) if questions.choices else None,
         lost=lost,
     )
 
@@ -196,24 +197,22 @@ def stacked(
     return {name: np.concatenate([table[name] for table in tables.values()]) for name in common}, moved
 
 
-def _limited(clients, division: Division) -> list[dict[str, np.ndarray]]:
-    """The parts of each client, as many rows of each as are to be kept."""
+def _parts(clients, division: Division) -> list[dict[str, np.ndarray]]:
+    """The parts of each client."""
+    for part, limit in ((part, getattr(division, f"{part}_limit")) for part in PARTS):
+        if limit is not None and limit < 1:
+            raise ValueError(f"data.{part}_limit is {limit} rows of a client, expected 1 or more")
     own_tests = "test" in clients
     out = []
     for client, rows in enumerate(clients["train"]):
         share = 0.0 if own_tests else division.test_fraction
         parts = divided(rows, aux=division.aux, validation=division.validation, test=share)
-        parts |= {"test": clients["test"][client]} if own_tests else {}
-        for part, limit in ((part, getattr(division, f"{part}_limit")) for part in PARTS):
-            if limit is not None and limit < 1:
-                raise ValueError(f"data.{part}_limit is {limit} rows of a client, expected 1 or more")
-            parts[part] = parts[part][:limit]
-        out.append(parts)
+        out.append(parts | ({"test": clients["test"][client]} if own_tests else {}))
     return out
 
 
 def _repaired(name: str, parts: dict[str, np.ndarray], division: Division, fits: np.ndarray) -> dict[str, np.ndarray]:
-    """The rows whose prompts fit; a part that has none of them gets one from the training rows."""
+    """Rows whose prompts fit, as many as are to be kept; a part that has none gets one from the training rows."""
     parts = {part: rows[np.isin(rows, fits)] for part, rows in parts.items()}
     wanted = [part for part in ("aux", "validation") if getattr(division, part)] + ["test"]
     for part in wanted:
@@ -225,7 +224,13 @@ def _repaired(name: str, parts: dict[str, np.ndarray], division: Division, fits:
             f"client {name} has too few rows whose prompts fit into max_length, expected one each for {needed}; "
             f"data.partition.min_size leaves out who has fewer"
         )
-    return parts
+    return {part: rows[: getattr(division, f"{part}_limit")] for part, rows in parts.items()}
+
+
+def _majority(questions: Questions, clients: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
+    """[N] test accuracy of the choice that is right most often in a client's training rows."""
+    right = np.array([questions.choices.index(own[0]) for own in questions.answers])
+    return np.array([federated.majority(right[own["train"]], right[own["test"]]) for own in clients])
 
 
 def _examples(questions: Questions, clients: Sequence[np.ndarray], part: str):
