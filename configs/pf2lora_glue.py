@@ -41,6 +41,13 @@ METHODS = {  # algorithm, rank, settings, minibatches of a local step
     "hetlora_kept": ("hetlora", 10, {"rank_min": 6, "prune": False, "penalty": 1e-2}, 1),
     "centralized": ("centralized", 8, {}, 1),
 }
+TUNED = {  # of the small version: learning rate, settings
+    "pf2lora": (1e-3, {"client_rate": 0.5}),
+    "homlora": (5e-3, {}),
+    "perfedavg": (5e-3, {"inner_rate": 5e-2}),
+    "hetlora": (2e-3, {}),
+    "centralized": (5e-3, {}),
+}
 
 
 def get_config(variant: str = "cola"):
@@ -84,7 +91,8 @@ def get_config(variant: str = "cola"):
         config.evaluate.every = 5
         config.model.source = "minilm"
         config.model.pool = "mean"
-        config.optimizer.learning_rate = 2e-3
+        config.optimizer.learning_rate, settings = TUNED[method.split("_")[0]]
+        config.algorithm.update(settings)
         config.data.test_limit = 100
         config.run.chunk = 1 if algorithm == "centralized" else 4  # its cohort is one client
     config.train.batch = batch * minibatches
