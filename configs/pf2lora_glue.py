@@ -18,7 +18,40 @@ HETLoRA's clients are judged, as its authors do, with what they trained last, th
 
 Labels are sorted with heterogeneity H = 0.9 (`data.partition.h`; whether the paper's s is a similarity or a
 heterogeneity is open). Test shards are as skewed as training shards; `data.partition.iid_splits=("test",)` deals them
-out evenly. All numbers of the paper are open; the tables of the small version are still to be measured.
+out evenly. All numbers of the paper are open.
+
+Small version, accuracy in %, mean over the eight clients ± deviation over seeds 0 to 2, and their mean loss; of CoLA
+also Matthews' correlation, mean over clients and pooled (times 100):
+
+                        SST-2             QNLI              CoLA              mean       pooled
+    Centralized         76.7 ± 2.1, .465  50.4 ± 1.0, .692  69.1 ± 0.0, .625  0.0 ± 0.0   0.0 ±  0.0
+    HOMLoRA             77.6 ± 0.5, .457  52.0 ± 2.6, .745  69.1 ± 0.0, .716  0.0 ± 0.0   0.0 ±  0.0
+    Per-FedAvg          92.4 ± 0.7, .208  94.8 ± 0.0, .222  91.2 ± 0.1, .249  0.3 ± 0.6  79.0 ±  0.1
+    HETLoRA             92.4 ± 1.6, .207  94.8 ± 0.0, .211  84.1 ± 4.3, .342  0.2 ± 1.5  61.7 ± 10.8
+    HETLoRA, truncated  75.5 ± 1.1, .488  67.9 ± 3.5, .645  69.1 ± 0.0, .725  0.0 ± 0.0   0.0 ±  0.0
+    PF2LoRA             94.1 ± 0.0, .238  94.8 ± 0.0, .225  91.1 ± 0.0, .236  0.1 ± 0.1  78.9 ±  0.0
+    most frequent label 94.2              94.8              91.1
+
+By client, SST-2: Centralized 73 80 74 72 79 78 79 78, HOMLoRA 71 77 73 73 83 82 82 80, Per-FedAvg 96 93 98 75 92 95 94
+94, HETLoRA 94 95 99 75 93 94 94 95, truncated 69 72 70 68 82 82 82 79, PF2LoRA 95 92 97 88 93 98 94 96, its most
+frequent label 95 92 97 89 93 98 94 96. QNLI: Centralized 37 37 36 36 63 64 66 65, HOMLoRA 17 20 16 17 84 85 89 87,
+truncated 70 64 74 68 66 65 69 65, all others and the label 94 93 97 98 90 94 97 95. CoLA: Centralized, HOMLoRA,
+truncated 6 6 56 97 97 97 97 97, HETLoRA 67 65 56 97 97 97 97 97, all others and the label 94 94 56 97 97 97 97 97.
+
+    fedjax-peft run --config=configs/pf2lora_glue.py:TASK,METHOD --config.data.source=FOLDER --config.seed=SEED \
+        --workdir=runs/TASK-METHOD-SEED
+    fedjax-peft report runs/TASK-*
+
+Step sizes were tuned on SST-2 with seed 100 and half the rounds, for the highest mean accuracy, or the lower loss where
+that is within half a point: the learning rate out of 5e-4, 2e-3 and 5e-3 (1e-2 where that was best; 1e-3 for PF2LoRA),
+then PF2LoRA's `client_rate` out of 5e-2, .1 and .5 and Per-FedAvg's `inner_rate` out of 1e-2, 5e-2 and .1. The other
+tasks take those. Centralized has the steps of one client, an eighth of the examples of the others.
+
+Reading: with H = 0.9 a client's labels are nearly all alike, and no method beats its most frequent one; those that
+adapt to a client learn that, those with one model for all cannot. PF2LoRA learns it most reliably, and nothing beside
+it: its accuracy is that label's for seven clients of eight with every seed. HETLoRA and Per-FedAvg have the lower loss
+on SST-2, where there is something to learn in 100 steps. CoLA, and inference between two sentences, a MiniLM does not
+learn in so few.
 """
 
 from fedjax_peft import experiment
