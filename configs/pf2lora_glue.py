@@ -51,7 +51,9 @@ Reading: with H = 0.9 a client's labels are nearly all alike, and no method beat
 adapt to a client learn that, those with one model for all cannot. PF2LoRA learns it most reliably, and nothing beside
 it: its accuracy is that label's for seven clients of eight with every seed. HETLoRA and Per-FedAvg have the lower loss
 on SST-2, where there is something to learn in 100 steps. CoLA, and inference between two sentences, a MiniLM does not
-learn in so few.
+learn in so few. Where labels are sorted less, `data.partition.h` of 0.3, there is a task to learn (SST-2, seed 0, rates
+as above, label 62.5): HOMLoRA 80.9, HETLoRA 80.6 (truncated 78.4), PF2LoRA 71.4, whose rate, tuned where the label is
+all, teaches its common adapters little; it was not tuned again.
 """
 
 from fedjax_peft import experiment
