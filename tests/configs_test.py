@@ -61,7 +61,6 @@ STAGE_TWO = {
     "points.adalora.optimizer.learning_rate": 1e-3,
 }
 BERT = STAGE_TWO | {
-    "points.adalora.optimizer.learning_rate": 1e-3,
     "adapter.head": "lora",
     "model.pool": "pooler",
     "train.batch": 32,

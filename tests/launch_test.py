@@ -62,7 +62,9 @@ def lines(folder):
 def test_nothing_is_left_to_fill_in(target, tmp_path):
     text = rendered(target, tmp_path)
     assert not re.search(r"@[A-Z]+@", text)
-    assert "--config.data.source=" in text and "masakhanews" in text
+    chunk = 2 if target == "local" else 1  # 8 devices or 16, and 16 clients a round
+    assert f"--config.run.chunk={chunk}" in text and "masakhanews" in text
+    assert "fedp2eft_masakhanews.py:published" in text and "--config.data.source=" in text
 
 
 @pytest.mark.further
