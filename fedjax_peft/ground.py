@@ -170,7 +170,7 @@ def clients(config: ConfigDict, federation: federations.Federation, pad: int, kn
     `known` are constants of all clients, `[N, ..]`.
     """
     train, test = federation.train, federation.test
-    widths = federated.widths_for([train, test], config.max_length, count=config.widths)
+    widths, test_widths = token_widths(config, federation)
     names, groups = federation.names, federation.groups
     seen, cohort, training_store = federation.pools["seen"], config.cohort, train
     if config.algorithm.name == "centralized":
@@ -196,9 +196,21 @@ def clients(config: ConfigDict, federation: federations.Federation, pad: int, kn
             known, ids, batches.cohort(train, within(ids, train), round=0, batch=config.train.batch, steps=0, **pure)
         ),
         tests=lambda ids: batches.items(
-            test, within(ids, test), batch=config.evaluate.batch, pack=config.evaluate.pack, widths=widths, pad=pad
+            test, within(ids, test), batch=config.evaluate.batch, pack=config.evaluate.pack, widths=test_widths, pad=pad
         ),
         tokens=batches.waste,
+    )
+
+
+def token_widths(config: ConfigDict, federation: federations.Federation) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of batches that clients train on, and of tests. They are the same, but for tests that fork and so are longer."""
+    train, test = federation.train, federation.test
+    if test.branches is None:
+        both = federated.widths_for([train, test], config.max_length, count=config.widths)
+        return both, both
+    longest = int(federated.lengths(test).max())
+    return federated.widths_for(train, config.max_length, count=config.widths), federated.widths_for(
+        test, longest, count=config.widths
     )
 
 

@@ -222,9 +222,10 @@ def _play(
             server, states, cohort, outcome = step(going.problem.base, server, *arguments, index, going.root)
             told = processes.tell(np.array([*inputs.tokens, bool(going.stop)]))
             ahead, before = prepare(index + 1), inputs.ids
+            # Before a step on the host, which waits for this round: it is not part of the one before.
+            record(records.Pending(index, going.traffic, cohort, outcome, told))
             if algorithm.host_step is not None:
                 server = rounds.replicate(algorithm.host_step(server), mesh)
-            record(records.Pending(index, going.traffic, cohort, outcome, told))
             if jax.tree.leaves(states):
                 own = jax.device_get(rounds.local(states, mesh))
                 population.scatter(people, inputs.ids, own, np.asarray(cohort.reported))

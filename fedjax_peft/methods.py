@@ -176,7 +176,7 @@ def task(config: ConfigDict, federation: federations.Federation, judge: Callable
     if federation.task == "span":
         return tasks.span(score=federation.score, max_answer=config.task.max_answer)
     if federation.task == "choice":
-        return tasks.choice(federation.score)
+        return tasks.choice(len(federation.classes))
     if federation.task == "causal":
         return tasks.causal(judge=judge, average=config.task.average, smoothing=config.task.smoothing)
     return tasks.classification(mcc=config.task.mcc, dtype=config.task.dtype)

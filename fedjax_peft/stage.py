@@ -93,7 +93,7 @@ def _points(
 ) -> dict[str, loop.Point]:
     """How clients are evaluated in the end: the run's own way first, each at its budgets."""
     train = federation.train
-    widths = federated.widths_for([train, federation.test], config.max_length, count=config.widths)
+    widths, _ = grounds.token_widths(config, federation)
 
     if all(config.personalize[key] is None for key in ("steps", "epochs")):
         return {}

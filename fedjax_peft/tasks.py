@@ -145,22 +145,30 @@ def causal(*, judge: Callable | None = None, average: str = "tokens", smoothing:
     return Task(loss, metrics, derived=None if judge is None else derived, judge=judge)
 
 
-def choice(score: Callable) -> Task:
-    """Classification by a causal model: of several answers to a prompt, the one with the least mean loss of a token.
+def choice(count: int) -> Task:
+    """Classification by a causal model: of K answers to a prompt, the one with the least mean loss of a token.
 
-    It trains as `causal` does. In the test store each choice is an example of its own; averages are those of questions.
+    It trains as `causal` does. A test example is a prompt with all its answers, which are branches of one text. Labels
+    are `targets` [B, P] int32 as there, the answer that each is of, `choice` [B, P] int32 from 1 on and 0 behind the
+    last one, and `right` [B] int32, the right answer from 0 on. The first of equally likely answers counts.
 
     Args:
-      score: finds the choices of a question and the right one on the host, `instructions.chooser`.
+      count: K.
     """
 
-    def predict(outputs, labels):
-        return {"loss": _answer_loss(outputs, labels)}
+    def metrics(outputs, labels):
+        targets = _targets(outputs, labels)
+        own = jax.nn.one_hot(labels["choice"][:, : targets.shape[1]] - 1, count)
+        # Chosen one by one: a loss that is not finite is that of its own answer alone.
+        losses = jnp.where(own > 0, _token_losses(outputs, targets)[..., None], 0.0)
+        losses = jnp.sum(losses, 1) / jnp.maximum(jnp.sum(own, 1), 1.0)
+        predicted = jnp.where(jnp.isfinite(jnp.sum(losses, 1)), jnp.argmin(losses, 1), count)
+        return {
+            "loss": jnp.take_along_axis(losses, labels["right"][:, None], 1)[:, 0],
+            "accuracy": (predicted == labels["right"]).astype(jnp.float32),
+        }
 
-    def derived(means):
-        return {name: means[name] / means["questions"] for name in ("loss", "accuracy")}
-
-    return Task(causal().loss, lambda outputs, labels: {}, predict, _strict(score), derived)
+    return Task(causal().loss, metrics)
 
 
 def _finite(logits: jax.Array) -> jax.Array:

@@ -29,7 +29,8 @@ class Model(NamedTuple):
     """(base, adapters, inputs, key=None) -> outputs. `inputs` holds `tokens` [B, T] int32, `mask` [B, T] bool and, for
     pairs of texts, `types` [B, T] int32. Outputs of a classifier are logits [B, K] float32, those of a causal model
     logits [B, T, V] float32 of the next token, or [B, P, V] if the inputs have `chosen` [B, P] int32, the tokens whose
-    logits are wanted. Without a key there is no dropout."""
+    logits are wanted. Texts of a causal model fork where the inputs have `branch` [B, T] int32: tokens see those of
+    branch 0, which come before, and of their own. Without a key there is no dropout."""
     taps: Callable[..., PyTree]
     """(base, adapters, inputs, key=None) -> (outputs, tree over sites). A Dense leaves the moments of its input, `mean`
     and `square`, both [.., B, T], averaged over features, and what its adapter's `tap` says, if it has one; a table

@@ -58,6 +58,17 @@ def inputs(lengths=(10, 7, 2), left: bool = False, seed: int = 0, width: int = 1
     return {"tokens": jnp.asarray(tokens), "mask": jnp.asarray(mask)}
 
 
+def forked(answers=(2, 1, 3), prompt: int = 4, width: int = 12) -> tuple[dict, list[tuple[np.ndarray, np.ndarray]]]:
+    """One text whose prompt has several answers, and its branches: tokens [n] of each alone, and their places in it."""
+    rng = np.random.default_rng(3)
+    branch = np.repeat(np.arange(len(answers) + 1), [prompt, *answers])
+    tokens, mask = rng.integers(3, VOCABULARY, width).astype(np.int32), np.arange(width) < len(branch)
+    branch = np.pad(branch, (0, width - len(branch)))
+    places = [np.flatnonzero(mask & ((branch == 0) | (branch == own))) for own in range(1, len(answers) + 1)]
+    whole = {"tokens": tokens[None], "mask": mask[None], "branch": branch[None].astype(np.int32)}
+    return whole, [(tokens[own], own) for own in places]
+
+
 def published(base: dict) -> dict[str, np.ndarray]:
     """Our parameters under their Hugging Face names and layouts: the inverse of the tables, written independently."""
     tensors = {}

@@ -101,6 +101,16 @@ def test_a_fresh_prompt_is_its_words(kind, left):
     assert_same(apply(base, {}, short), jax.jit(model.apply)(base, {}, short))
 
 
+def test_all_branches_of_a_text_see_virtual_tokens():
+    model, base, words = built("llama")
+    whole, branches = decoder.forked()
+    apply = jax.jit(fedprompt.prompted(model, 3).apply)
+    found = apply(base, prompt_at(words, 0.3), whole)[0]
+    for tokens, places in branches:
+        alone = {"tokens": tokens[None], "mask": np.ones((1, len(tokens)), bool)}
+        assert_close(found[places], apply(base, prompt_at(words, 0.3), alone)[0], 1e-5)
+
+
 @pytest.mark.parametrize("kind", ["tied", "gpt2"])
 def test_virtual_tokens_have_vectors_of_their_own(kind):
     """Against a table whose rows of the prompt's words are the vectors: no other token may be one of them."""

@@ -121,18 +121,22 @@ def test_separate_tokens_of_one_turn_are_those_of_the_whole_text(smollm):
     np.testing.assert_array_equal(encoded.tokens[:-1], whole)
 
 
-def test_a_question_is_answered_by_its_likeliest_choice():
-    questions, gold = np.repeat([4, 7, 9], 3), np.array([0, 1, 0, 1, 0, 0, 0, 0, 1], bool)
-    losses = np.array([3.0, 1.0, 2.0, 2.5, 0.5, 4.0, 7.0, 7.0, 7.0])
-    order = np.array([5, 1, 0, 8, 3, 2, 4, 7, 6])
-    found = instructions.chooser(questions, gold)(order, {"loss": losses[order]})
-    # Equal losses go to the first choice.
-    assert {name: values.sum() for name, values in found.items()} == {"loss": 10.5, "accuracy": 1.0, "questions": 3.0}
-    first = [order.tolist().index(rows) for rows in (0, 3, 6)]
-    assert np.flatnonzero(found["questions"]).tolist() == sorted(first)
-    assert found["accuracy"][first].tolist() == [1.0, 0.0, 0.0] and found["loss"][first].tolist() == [1.0, 2.5, 7.0]
-    nothing = instructions.chooser(questions, gold)(np.zeros(0, np.int64), {"loss": np.zeros(0)})
-    assert all(len(values) == 0 for values in nothing.values())
+def test_choices_are_branches_behind_one_prompt(tmp_path):
+    tokenizer = letters(tmp_path)
+    prompts = instructions.encode_prompts(tokenizer, ["ab", "c"], max_length=20)
+    found = instructions.encode_choices(tokenizer, prompts, [1, 0], ["yes", "no"], max_length=20)
+    end = [tokenizer.eos]
+    for row, (prompt, (tokens, answers)) in enumerate(zip(["c", "ab"], examples(found), strict=True)):
+        asked = instructions.encode_prompts(tokenizer, [prompt], max_length=20).tokens.tolist()
+        assert tokens == asked and answers == ids("yes") + end + ids("no") + end
+        own = found.branches[found.offsets[row] : found.offsets[row + 1]].tolist()
+        assert own == [0] * len(asked) + [1] * 4 + [2] * 3
+    assert not found.cut.any()
+    # Each choice has the room that it would have alone.
+    length = int(prompts.offsets[1]) + 3
+    cut = instructions.encode_choices(tokenizer, prompts, [0], ["yes", "no"], max_length=length)
+    assert examples(cut)[0][1] == ids("ye") + end + ids("no") + end and cut.cut.tolist() == [True]
+    assert len(instructions.encode_choices(tokenizer, prompts, [], ["yes", "no"], max_length=20).tokens) == 0
 
 
 def test_generated_answers_meet_the_references_of_their_rows(tmp_path):

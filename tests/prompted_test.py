@@ -36,11 +36,12 @@ def write(path, rows):
 
 
 def texts(store, client):
-    """(prompt, answer) of each example of a client; the end token is checked and left out."""
+    """(prompt, answer) of each example of a client; end tokens, one for each of several answers, are left out."""
     out = []
     for row in federated.rows(store, client):
-        tokens = store.tokens[store.token_offsets[row] : store.token_offsets[row + 1]]
-        assert tokens[-1] == END and (tokens[:-1] != END).all()
+        own = slice(store.token_offsets[row], store.token_offsets[row + 1])
+        tokens, answers = store.tokens[own], 1 if store.branches is None else store.branches[own].max()
+        assert tokens[-1] == END and (tokens == END).sum() == answers
         out.append((_decode(tokens[: store.prompts[row]]), _decode(tokens[store.prompts[row] :])))
     return out
 
@@ -164,30 +165,26 @@ def test_mistakes_are_named(table):
         make(table, auxx=1)
 
 
-def test_choices_are_examples_of_the_test_store_alone(tmp_path):
+def test_tests_ask_each_question_once_with_all_choices(tmp_path):
     rows = [{"premise": f"{i}", "hypothesis": "h", "label": i % 4 - 1} for i in range(400)]
     source = write(tmp_path / "snli.jsonl", rows)
     federation = instruction_sets.snli(
         LETTERS, source=source, max_length=120, clients=3, alpha=100.0, test_fraction=0.2
     )
-    assert federation.task == "choice" and federation.classes == ("Yes", "Maybe", "No")
+    assert federation.task == "choice" and federation.classes == ("Yes", "Maybe", "No") and federation.score is None
     for client in range(3):
         for prompt, answer in texts(federation.train, client) + texts(federation.aux, client):
             number = int(prompt.removeprefix("Suppose ").split()[0])
             assert answer == federation.classes[number % 4 - 1]
-        tests = texts(federation.test, client)
-        assert [answer for _, answer in tests] == list(federation.classes) * (len(tests) // 3)
-    # The likeliest choice is right where the model prefers the gold answer.
-    prompts = [prompt for client in range(3) for prompt, _ in texts(federation.test, client)[::3]]
-    gold = np.array([int(prompt.removeprefix("Suppose ").split()[0]) % 4 - 1 for prompt in prompts])
-    losses = np.where(np.arange(3) == gold[:, None], 1.0, 2.0).reshape(-1)
-    found = federation.score(np.arange(len(losses)), {"loss": losses})
-    assert found["questions"].sum() == found["accuracy"].sum() == len(gold) and found["loss"].sum() == len(gold)
+        assert {answer for _, answer in texts(federation.test, client)} == {"YesMaybeNo"}
+    assert federation.train.branches is None and federation.test.branches.max() == 3
+    asked = [[prompt for prompt, _ in texts(federation.test, client)] for client in range(3)]
+    gold = [np.array([int(prompt.removeprefix("Suppose ").split()[0]) % 4 - 1 for prompt in own]) for own in asked]
+    np.testing.assert_array_equal(federation.test.labels["right"], np.concatenate(gold))
     usual = [collections.Counter(answer for _, answer in texts(federation.train, client)) for client in range(3)]
-    asked = np.split(gold, np.cumsum([len(texts(federation.test, client)) // 3 for client in range(2)]))
     expected = [
         np.mean(own == max(range(3), key=lambda choice: counts[federation.classes[choice]]))
-        for own, counts in zip(asked, usual, strict=True)
+        for own, counts in zip(gold, usual, strict=True)
     ]
     np.testing.assert_allclose(federations.majority(federation), expected)
 

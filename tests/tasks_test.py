@@ -13,7 +13,7 @@ import toy
 
 from fedjax_peft import adapters, evaluate, local, population, rounds, tasks
 from fedjax_peft.algorithms import fedavg
-from fedjax_peft.data import batches, federated, instructions
+from fedjax_peft.data import batches, federated
 from fedjax_peft.models import llama
 
 
@@ -88,18 +88,14 @@ def test_a_minus_infinity_is_a_class_that_is_ruled_out():
     assert tasks.classification().metrics(logits, jnp.array([0, 1]))["accuracy"].tolist() == [1.0, 1.0]
 
 
-def test_a_question_with_a_prediction_that_is_no_number_is_wrong():
-    questions, gold = np.repeat(np.arange(4), 2), np.tile([True, False], 4)
-    task = tasks.choice(instructions.chooser(questions, gold))
-    losses, rows = np.array([0.1, 0.2, np.nan, np.nan, 0.1, np.nan, 0.2, 0.1]), np.arange(8)
-    order = np.random.default_rng(0).permutation(8)
-    for taken in (rows, order):
-        values = task.score(taken, {"loss": losses[taken]})
-        right = {
-            int(questions[row]): value for row, value in zip(taken, values["accuracy"], strict=True) if row % 2 == 0
-        }
-        assert right == {0: 1, 1: 0, 2: 0, 3: 0} and values["questions"].sum() == 4
-    assert np.isnan(task.score(rows, {"loss": losses})["loss"][2])
+def test_a_question_with_an_answer_whose_loss_is_no_number_is_wrong():
+    outputs = jnp.tile(jnp.array([[[2.0, 0.0], [1.0, 0.0]]]), (4, 1, 1))
+    outputs = outputs.at[1].set(jnp.nan).at[2, 1, 0].set(jnp.nan).at[3, 0, 1].set(-jnp.inf)
+    labels = {"targets": jnp.array([[0, 1]] * 4), "choice": jnp.array([[1, 2]] * 4), "right": jnp.zeros(4, jnp.int32)}
+    found = tasks.choice(2).metrics(outputs, labels)
+    assert found["accuracy"].tolist() == [1.0, 0.0, 0.0, 1.0]
+    # A broken answer leaves the loss of another as it is.
+    assert np.isnan(found["loss"][1]) and found["loss"][2] == found["loss"][0]
 
 
 def test_a_span_that_is_no_number_is_wrong():
@@ -187,27 +183,36 @@ def test_a_choice_is_the_answer_of_least_mean_loss():
     """Numbers from the specification of FedAMoLE's test: three answers to a prompt of two tokens."""
     b, t, v = np.meshgrid(np.arange(3), np.arange(4), np.arange(7), indexing="ij")
     logits = ((7 * b + 5 * t + 3 * v) % 11 / 3).astype(np.float32)
-    targets = jnp.array([[answer, 1] for answer in (3, 4, 5)])
-    score = instructions.chooser(np.zeros(3, np.int64), np.array([False, True, False]))
-    task = tasks.choice(score)
-    # The tokens before the answer and before its end predict them.
-    found = task.predict(jnp.array(logits[:, 1:3]), {"targets": targets})
-    np.testing.assert_allclose(found["loss"], [3.198498, 2.400070, 2.947204], atol=1e-6)
-    values = score(np.arange(3), {"loss": np.array(found["loss"])})
-    reported = task.derived({name: np.array([value.mean()]) for name, value in values.items()})
-    assert reported["loss"][0] == pytest.approx(2.400070, abs=1e-6) and reported["accuracy"][0] == 1.0
-    assert task.metrics(logits, {"targets": targets}) == {}
+    # The tokens before the answer and before its end predict them; the last place is of a longer question.
+    outputs = np.pad(logits[:, 1:3].reshape(1, 6, 7), ((0, 0), (0, 1), (0, 0)))
+    targets = np.array([[3, 1, 4, 1, 5, 1, -1]])
+    labels = {"targets": targets, "choice": np.array([[1, 1, 2, 2, 3, 3, 0]])}
+    for right, loss in enumerate([3.198498, 2.400070, 2.947204]):
+        found = tasks.choice(3).metrics(jnp.array(outputs), labels | {"right": jnp.array([right])})
+        np.testing.assert_allclose(found["loss"], loss, atol=1e-6)
+        assert found["accuracy"].tolist() == [float(right == 1)]
+
+
+def test_of_equally_likely_answers_the_first_one_counts():
+    labels = {"targets": jnp.array([[0, 1]]), "choice": jnp.array([[1, 2]])}
+    for right in range(2):
+        found = tasks.choice(2).metrics(jnp.zeros((1, 2, 2)), labels | {"right": jnp.array([right])})
+        assert found["accuracy"].tolist() == [float(right == 0)]
 
 
 def test_choices_are_judged_question_by_question():
     """Through the evaluation of clients: a model of pairs of tokens, three choices a question, a client without any."""
     rng, choices = np.random.default_rng(0), 3
-    questions, gold = np.repeat(np.arange(8), choices), np.tile(np.arange(choices) == 1, 8)
-    answers = rng.integers(1, 4, 24)
-    tokens = [rng.integers(0, toy.VOCABULARY, 2 + answer).astype(np.int32) for answer in answers]
-    offsets = np.append(0, np.cumsum([len(text) for text in tokens]))
-    encoded = federated.Encoded(np.concatenate(tokens), None, offsets, prompts=np.full(24, 2))
-    store = federated.build(encoded, {}, [np.arange(9), np.zeros(0, int), np.arange(9, 24)], allow_empty=True)
+    prompts = [rng.integers(0, toy.VOCABULARY, 2) for _ in range(8)]
+    answers = [[rng.integers(0, toy.VOCABULARY, size) for size in rng.integers(1, 4, choices)] for _ in prompts]
+    tokens = [np.concatenate([prompt, *own]) for prompt, own in zip(prompts, answers, strict=True)]
+    branches = [np.repeat(np.arange(4), [2, *map(len, own)]) for own in answers]
+    offsets, right = np.append(0, np.cumsum([len(text) for text in tokens])), rng.integers(0, choices, 8)
+    encoded = federated.Encoded(
+        np.concatenate(tokens), None, offsets, prompts=np.full(8, 2), branches=np.concatenate(branches)
+    )
+    held = [np.arange(3), np.zeros(0, int), np.arange(3, 8)]
+    store = federated.build(encoded, {"right": right}, held, allow_empty=True)
 
     def apply(base, adapters, inputs, key=None):
         del adapters, key
@@ -216,12 +221,12 @@ def test_choices_are_judged_question_by_question():
         return table[before] @ table.T
 
     model, key = toy.model()._replace(apply=apply), jax.random.key(0)
-    base, task = model.init(key), tasks.choice(instructions.chooser(questions, gold))
+    base, task = model.init(key), tasks.choice(choices)
     init = functools.partial(adapters.init, shapes=base, rank=2, targets="query")
     algorithm, mesh = fedavg.fedit(model, task, init, optax.sgd(0.5)), rounds.make_mesh(1)
     server = rounds.make_init(algorithm, mesh)(key)
     people = population.create(rounds.client_states(algorithm, server), 3)
-    pure = {"batch": 4, "widths": (3, 6)}
+    pure = {"batch": 4, "widths": (8, 11)}
     judge = evaluate.make_evaluate(
         algorithm, model, task, mesh, chunk=2, items=lambda ids: batches.items(store, ids, pack=2, **pure)
     )
@@ -230,14 +235,18 @@ def test_choices_are_judged_question_by_question():
         lambda ids: batches.cohort(store, ids, seed=0, round=0, steps=0, **pure), 0, key,
     )  # fmt: skip
     table = np.array(base["embeddings"]["word"]["embedding"])
-    losses = [np.mean(token_losses((table[text[1:-1]] @ table.T)[None], text[None, 2:])[0]) for text in tokens]
-    losses = np.reshape(losses, (8, choices))
+
+    def loss(prompt, answer):
+        text = np.append(prompt[-1:], answer)
+        return np.mean(token_losses((table[text[:-1]] @ table.T)[None], text[None, 1:])[0])
+
+    losses = np.array([[loss(prompt, answer) for answer in own] for prompt, own in zip(prompts, answers, strict=True)])
     for client, own in ((0, slice(0, 3)), (2, slice(3, 8))):
-        assert found.metrics["accuracy"][client] == pytest.approx(np.mean(losses[own].argmin(1) == 1))
-        assert found.metrics["loss"][client] == pytest.approx(losses[own, 1].mean(), rel=1e-5)
-    assert np.isnan(found.metrics["accuracy"][1]) and list(found.metrics) == ["loss", "accuracy"]
-    (whole,) = (row for row in evaluate.pooled(found, ["a"] * 3, task) if row["group"] is None)
-    assert whole["accuracy"] == pytest.approx(np.mean(losses.argmin(1) == 1))
+        assert found.metrics["accuracy"][client] == pytest.approx(np.mean(losses[own].argmin(1) == right[own]))
+        asked = np.take_along_axis(losses[own], right[own, None], 1)
+        assert found.metrics["loss"][client] == pytest.approx(asked.mean(), rel=1e-5)
+    assert np.isnan(found.metrics["accuracy"][1]) and set(found.metrics) == {"loss", "accuracy"}
+    assert found.examples.tolist() == [3, 0, 5]
 
 
 def test_a_model_learns_answers_alone_whatever_the_padding():

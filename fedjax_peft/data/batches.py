@@ -8,7 +8,9 @@ slot that the client sits in or on who else is in the cohort.
 
 Where examples are a prompt and an answer, inputs say which tokens' logits are wanted, those that predict the answer:
 `chosen` [.., P] int32. Labels hold the answer itself, `targets` [.., P] int32, -1 behind its end. Both are filled from
-the left, so that inputs may be cut to a width that holds the example.
+the left, so that inputs may be cut to a width that holds the example. Where a prompt has several answers, one after the
+other, inputs tell them apart by `branch` [.., T] int32, 0 in the prompt, and labels by `choice` [.., P] int32, 0 behind
+their end.
 """
 
 from collections.abc import Iterator, Sequence
@@ -243,9 +245,16 @@ def _gather(
         first = np.append(store.prompts, 0)[rows][..., None]
         at = np.arange(min(int((counts - store.prompts).max(initial=0)), width))
         answer = at < ends - first
-        inputs["chosen"] = np.where(answer, first - 1 + at, 0).astype(np.int32)
-        target = store.tokens.take(store.token_offsets[rows][..., None] + first + at, mode="clip")
-        labels = {**labels, "targets": np.where(answer, target, np.int32(-1))}
+        spot = store.token_offsets[rows][..., None] + first + at
+        labels = {**labels, "targets": np.where(answer, store.tokens.take(spot, mode="clip"), np.int32(-1))}
+        before = at
+        if store.branches is not None:
+            inputs["branch"] = np.where(mask, store.branches.take(where, mode="clip"), 0).astype(np.int32)
+            branch = store.branches.take(spot, mode="clip")
+            labels["choice"] = np.where(answer, branch, 0).astype(np.int32)
+            # The first token of each answer follows the prompt.
+            before = np.where(branch == store.branches.take(spot - 1, mode="clip"), at, 0)
+        inputs["chosen"] = np.where(answer, first - 1 + before, 0).astype(np.int32)
     return inputs, labels, real.astype(np.float32)
 
 

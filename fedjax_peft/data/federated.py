@@ -27,6 +27,7 @@ class Encoded(NamedTuple):
     spans: np.ndarray | None = None  # [total, 2] int32: characters of the second text that a token is; -1 for others
     prompts: np.ndarray | None = None  # [M] int64: tokens before the answer, which is the rest; None without answers
     cut: np.ndarray | None = None  # [M] bool: whether the text was longer; None where none is cut
+    branches: np.ndarray | None = None  # [total] int8: 0 in prompts, k in a k-th answer; None where all have one
 
 
 class Store(NamedTuple):
@@ -38,6 +39,7 @@ class Store(NamedTuple):
     labels: Any  # [M] int32, or a dict of arrays [M, ..]
     client_offsets: np.ndarray  # [N + 1] int64: client n holds client_offsets[n] : client_offsets[n + 1]
     prompts: np.ndarray | None = None  # [M] int64: as in `Encoded`
+    branches: np.ndarray | None = None  # [total] int8: as in `Encoded`
 
 
 class Federation(NamedTuple):
@@ -103,6 +105,7 @@ def build(
         labels=map_labels(lambda x: _narrow(x[rows]), labels),
         client_offsets=_offsets(held),
         prompts=prompts,
+        branches=None if encoded.branches is None else encoded.branches[where].astype(np.int8),
     )
 
 
@@ -144,7 +147,7 @@ def subset(store: Store, ids: np.ndarray) -> Store:
 
 def encoded(store: Store) -> Encoded:
     """The examples of a store, without their clients."""
-    return Encoded(store.tokens, store.types, store.token_offsets, prompts=store.prompts)
+    return Encoded(store.tokens, store.types, store.token_offsets, prompts=store.prompts, branches=store.branches)
 
 
 def prompts_alone(store: Store) -> Store:
@@ -156,7 +159,7 @@ def prompts_alone(store: Store) -> Store:
         return store
     offsets = _offsets(store.prompts)
     where = np.arange(offsets[-1]) + np.repeat(store.token_offsets[:-1] - offsets[:-1], store.prompts)
-    return store._replace(tokens=store.tokens[where], token_offsets=offsets, labels={}, prompts=None)
+    return store._replace(tokens=store.tokens[where], token_offsets=offsets, labels={}, prompts=None, branches=None)
 
 
 def groups(table: dict[str, np.ndarray], column: str | None, clients: Sequence[np.ndarray]) -> tuple[str, ...]:

@@ -129,31 +129,31 @@ def encode(
     return _ragged(examples)._replace(prompts=np.diff(prompts.offsets)[np.asarray(rows, np.int64)], cut=cut)
 
 
-def chooser(questions: np.ndarray, gold: np.ndarray) -> Callable[..., dict[str, np.ndarray]]:
-    """Builds what answers each question by its most likely choice.
+def encode_choices(
+    tokenizer: Tokenizer, prompts: Encoded, rows: Sequence[int], choices: Sequence[str], *, max_length: int
+) -> Encoded:
+    """Prompts with all choices behind them, each of which ends with the end token and is a branch of its own.
 
     Args:
-      questions: [M] int: the question that example m of the test store is a choice of.
-      gold: [M] bool: whether it is the right one.
+      prompts: from `encode_prompts`.
+      rows: [n] which prompt each example asks.
+      choices: texts, the same for all prompts.
+      max_length: tokens of a prompt with any one choice; a longer choice is cut.
 
-    Returns:
-      (rows [n], {`loss` [n]}, the mean loss over the tokens of each choice) -> {`loss`, `accuracy`, `questions`} [n]:
-      values of a question at the first of its choices among the rows and 0 at others, with the loss of its right
-      choice. All choices of a question must be there; the first of equally likely ones counts.
+    Raises:
+      ValueError: as `encode`.
     """
-
-    def score(rows: np.ndarray, predictions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        values = {name: np.zeros(len(rows)) for name in ("loss", "accuracy", "questions")}
-        order = np.argsort(rows, kind="stable")
-        changes = np.flatnonzero(np.diff(questions[rows[order]])) + 1
-        for own in np.split(order, changes) if len(rows) else ():
-            losses, right = predictions["loss"][own], gold[rows[own]]
-            values["loss"][own[0]] = losses[right].mean()
-            values["accuracy"][own[0]] = right[np.argmin(losses)]
-            values["questions"][own[0]] = 1
-        return values
-
-    return score
+    count, before = len(choices), np.diff(prompts.offsets)[np.asarray(rows, np.int64)]
+    each = encode(tokenizer, prompts, np.repeat(rows, count), [*choices] * len(rows), max_length=max_length)
+    asked, said = _split(prompts), _split(each)
+    examples, branches = [], []
+    for place, row in enumerate(rows):
+        answers = [tokens[before[place] :] for tokens in said[place * count : (place + 1) * count]]
+        examples.append(np.concatenate([asked[row], *answers]))
+        branches.append(np.repeat(np.arange(count + 1), [before[place], *map(len, answers)]))
+    branches = np.concatenate([np.zeros(0, np.int8), *branches]).astype(np.int8)
+    cut = each.cut.reshape(len(rows), count).any(1)
+    return _ragged(examples)._replace(prompts=before, cut=cut, branches=branches)
 
 
 def judge(

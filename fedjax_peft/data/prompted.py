@@ -150,11 +150,14 @@ def federation(
     stores = {}
     for part in (part for part in PARTS if part in ("train", "test") or getattr(division, part)):
         rows, texts, own = _examples(questions, [client[part] for client in parts], part)
-        encoded = instructions.encode(tokenizer, prompts, np.searchsorted(held, rows), texts, max_length=max_length)
-        stores[part] = federated.build(encoded, {}, own, allow_empty=part != "train")
+        asked, labels = np.searchsorted(held, rows), {}
+        if questions.choices and part == "test":
+            encoded = instructions.encode_choices(tokenizer, prompts, asked, questions.choices, max_length=max_length)
+            labels = {"right": np.array([questions.choices.index(text) for text in texts], np.int32)}
+        else:
+            encoded = instructions.encode(tokenizer, prompts, asked, texts, max_length=max_length)
+        stores[part] = federated.build(encoded, labels, own, allow_empty=part != "train")
         lost[f"{part}_cut"] = federated.cut(encoded, own)
-    # The last of the parts are the tests.
-    gold = np.array([text == questions.answers[row][0] for row, text in zip(rows, texts, strict=True)])
     return Federation(
         **stores,
         names=names,
@@ -162,7 +165,6 @@ def federation(
         pools={"seen": np.arange(len(names), dtype=np.int32)},
         classes=questions.choices,
         task="choice" if questions.choices else "causal",
-        score=instructions.chooser(rows, gold) if questions.choices else None,
         references=None if questions.choices else tuple(questions.answers[row] for row in rows),
         majority=_majority(questions, parts) if questions.choices else None,
         lost=lost,
@@ -241,8 +243,7 @@ def _examples(questions: Questions, clients: Sequence[np.ndarray], part: str):
         start = len(rows)
         for row in client:
             known = questions.answers[row] if every else questions.answers[row][:1]
-            several = questions.choices if questions.choices and part == "test" else known
-            rows += [row] * len(several)
-            texts += several
+            rows += [row] * len(known)
+            texts += known
         own.append(np.arange(start, len(rows)))
     return np.array(rows, np.int64), texts, own

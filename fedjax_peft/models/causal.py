@@ -1,7 +1,8 @@
 """What decoders share: who attends to whom, the cache of keys and values, heads, and the functions of a model.
 
-Texts may be padded on either side. Positions count real tokens, so padding moves nothing. A row of padding attends to
-whatever there is, evenly: its output means nothing, but it is finite.
+Texts may be padded on either side. Positions count the real tokens that a token sees, so padding moves nothing. A row
+of padding attends to whatever there is, evenly: its output means nothing, but it is finite. A text may fork: tokens of
+a `branch` see those of the text before it, branch 0, and of their own branch, as if no other were there.
 """
 
 from collections.abc import Mapping
@@ -37,12 +38,16 @@ class View(NamedTuple):
     past: Array | None  # [B, 1, 1, 1, slots] float32 for scores of cached ones
 
 
-def view(mask: Array, cache: Cache | None) -> View:
-    """Args: mask [B, T] of tokens that come after those of the cache."""
+def view(inputs: Mapping[str, Array], cache: Cache | None) -> View:
+    """Args: inputs with the `mask` [B, T] of tokens that come after those of the cache, and `branch` if some fork."""
+    mask = inputs["mask"]
     tokens = mask.shape[1]
     before = 0 if cache is None else jnp.sum(cache.mask, 1, keepdims=True, dtype=jnp.int32)
-    positions = jnp.maximum(jnp.cumsum(mask, 1, dtype=jnp.int32) + before - 1, 0)
     seen = mask[:, None, :] & jnp.tril(jnp.ones((tokens, tokens), bool))[None]
+    if "branch" in inputs:
+        branch = inputs["branch"]
+        seen &= (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
+    positions = jnp.maximum(jnp.sum(seen, 2, dtype=jnp.int32) + before - 1, 0)
     past = None if cache is None else _bias(cache.mask)[:, None, None, None, :]
     return View(positions, _bias(seen)[:, None, None], past)
 

@@ -127,7 +127,7 @@ class Decoder(nn.Module):
         self.ln_f = layers.LayerNorm(s.epsilon, s.dtype)
 
     def __call__(self, inputs: Mapping[str, Array], cache: causal.Cache | None) -> tuple[Array, PyTree]:
-        seen = causal.view(inputs["mask"], cache)
+        seen = causal.view(inputs, cache)
         x = layers.dropped(self, self.settings.dropout, self.wte(inputs["tokens"]) + self.wpe(seen.positions), 1)
         x, fresh = self.h(x, None if cache is None else (cache.keys, cache.values), seen)
         return self.ln_f(x), fresh

@@ -189,7 +189,7 @@ class Decoder(nn.Module):
         self.norm = layers.RMSNorm(s.epsilon, s.dtype)
 
     def __call__(self, inputs: Mapping[str, Array], cache: causal.Cache | None) -> tuple[Array, PyTree]:
-        seen = causal.view(inputs["mask"], cache)
+        seen = causal.view(inputs, cache)
         angles = seen.positions[..., None].astype(jnp.float32) * jnp.asarray(self.settings.frequencies)[None, None]
         turn = (jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None])
         past = None if cache is None else (cache.keys, cache.values)
