@@ -130,7 +130,9 @@ def rebuilt(workdir: epath.PathLike) -> Rebuilt:
 
 def _check_same(workdir: epath.PathLike, then: dict[str, str], now: dict[str, str]) -> None:
     if changed := [name for name, sha256 in now.items() if then.get(name, sha256) != sha256]:
-        raise ValueError(f"workdir {workdir} was made with other files: the SHA-256 of {changed[0]} has changed")
+        raise ValueError(
+            f"workdir {workdir} was made with other files, or read by another release: the SHA-256 of {changed[0]} has changed"
+        )
 
 
 def _study(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -245,7 +247,7 @@ def _train(
         total=config.rounds,
         chunk=config.run.chunk or None,
         evaluate_every=config.evaluate.every,
-        evaluate_end=last,
+        evaluate_end=last and config.evaluate.end,
         checkpoint_every=config.run.checkpoint_every,
         keep_checkpoints=config.run.keep_checkpoints,
         population_folder=config.run.population,

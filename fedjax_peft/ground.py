@@ -208,10 +208,9 @@ def token_widths(config: ConfigDict, federation: federations.Federation) -> tupl
     if test.branches is None:
         both = federated.widths_for([train, test], config.max_length, count=config.widths)
         return both, both
-    longest = int(federated.lengths(test).max())
-    return federated.widths_for(train, config.max_length, count=config.widths), federated.widths_for(
-        test, longest, count=config.widths
-    )
+    most = -(-int(federated.lengths(test).max()) // 8) * 8
+    own = federated.widths_for(train, config.max_length, count=config.widths)
+    return own, federated.widths_for(test, most, count=config.widths)
 
 
 def with_constants(known: dict[str, PyTree], ids: np.ndarray, own: Batches) -> Batches:

@@ -41,9 +41,19 @@ class Stage(NamedTuple):
         for name, rival, settings in rivals:
             if settings.algorithm.name == config.algorithm.name:
                 _check_same(name, settings, config, rival, algorithm)
+        _check_forks(model, base, ground.federation.test)
         mesh = rounds.make_mesh(config.run.mesh.clients, config.run.mesh.model)
         clients = _clients(config, ground, algorithm, rivals, {})
         return cls(mesh, model, task, algorithm, rivals, methods.strategy(config, base, rivals), *clients)
+
+
+def _check_forks(model: Model, base: PyTree, tests: federated.Store) -> None:
+    """Raises ValueError for a question that is too long for the model with one of its choices alone."""
+    if tests.branches is not None:
+        # Of whole questions the model cannot tell: positions of each choice go on from the prompt.
+        shape = (1, federated.longest(tests))
+        inputs = {"tokens": jax.ShapeDtypeStruct(shape, np.int32), "mask": jax.ShapeDtypeStruct(shape, bool)}
+        jax.eval_shape(model.apply, base, {}, inputs)
 
 
 def _check_same(name: str, settings: ConfigDict, config: ConfigDict, rival: Algorithm, algorithm: Algorithm) -> None:

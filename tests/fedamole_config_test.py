@@ -39,6 +39,7 @@ REFERENCE = {method: MIXTURE if method.startswith("fedamole") else {"data.aux": 
 def flat(*variant):
     found = MODULE.get_config(",".join(variant))
     config.check_numbers(found)
+    assert found.evaluate.every  # its first evaluation is that of the base
     return traverse_util.flatten_dict(found.to_dict(), sep=".")
 
 

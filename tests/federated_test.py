@@ -143,3 +143,12 @@ def test_mistakes_are_named():
         federated.build(encoded, np.zeros(2), [np.array([0, 1])])
     empty = federated.build(encoded, np.zeros(2), [np.array([0]), np.array([], int)], allow_empty=True)
     assert federated.sizes(empty).tolist() == [1, 0]
+
+
+def test_the_longest_text_of_a_fork_has_one_answer():
+    tokens, branches = np.arange(9, dtype=np.int32), np.array([0, 0, 1, 2, 2, 0, 1, 1, 2])
+    encoded = federated.Encoded(tokens, None, np.array([0, 5, 9]), prompts=np.array([2, 1]), branches=branches)
+    store = federated.build(encoded, {}, [np.array([1, 0])])
+    assert federated.longest(store) == 4 and store.branches.tolist() == [0, 1, 1, 2, 0, 0, 1, 2, 2]
+    assert federated.longest(store._replace(branches=None)) == 5
+    assert federated.longest(federated.subset(store, np.array([0]))) == 4

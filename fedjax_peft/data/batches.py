@@ -1,7 +1,7 @@
 """Padded batches out of a store: what a cohort trains on in a round, and every example once for evaluation.
 
     N clients   M examples   C cohort slots   S local steps   B examples of a batch   T tokens   I items
-    P tokens of the longest answer of a store, T at most
+    P tokens of the longest answer of a store, or of all answers to a prompt, T at most
 
 What a client trains on in a round is a pure function of (seed, round, client id). It never depends on the
 slot that the client sits in or on who else is in the cohort.

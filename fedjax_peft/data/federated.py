@@ -129,6 +129,16 @@ def lengths(store: Store) -> np.ndarray:
     return np.diff(store.token_offsets)
 
 
+def longest(store: Store) -> int:
+    """Tokens of the longest example; where examples fork, with the longest of its answers alone."""
+    if store.branches is None:
+        return int(lengths(store).max(initial=0))
+    example = np.repeat(np.arange(len(lengths(store))), lengths(store))
+    tokens = np.zeros((len(lengths(store)), int(store.branches.max(initial=0)) + 1), np.int64)
+    np.add.at(tokens, (example, store.branches), 1)
+    return int((tokens[:, 0] + tokens[:, 1:].max(1, initial=0)).max(initial=0))
+
+
 def rows(store: Store, client: int) -> np.ndarray:
     """[n] int64: the examples of one client, as positions in the store."""
     return np.arange(store.client_offsets[client], store.client_offsets[client + 1])
