@@ -123,10 +123,28 @@ def _alone(config):
     return config
 
 
+def _raw(config):
+    config = _small(config)
+    config.algorithm.tap_standardize = "none"
+    config.points = {}
+    config.personalize.budgets = (2,)
+    return config
+
+
+def _profile(config):
+    config = _small(config)
+    config.algorithm.profile = "reference"
+    config.task.dtype = "bfloat16"
+    config.observe.published = True
+    config.points = {}
+    config.personalize.budgets = (2,)
+    return config
+
+
 def _fedl2p(budget):
     def change(config):
         config = _small(config)
-        config.rounds = 3  # of thirty times the work of one of FedP2EFT's
+        config.rounds, config.cohort = 2, 5  # of thirty times the work of one of FedP2EFT's
         config.algorithm = {"name": "fedl2p", "budget": budget, "inner_rate": 3e-3, "network_rate": 1e-3}
         config.personalize.budgets = (budget,)
         config.points = {}
@@ -195,6 +213,8 @@ def _dept(config):
 VARIANTS = {
     "": _small,
     "alone": _alone,
+    "raw": _raw,
+    "profile": _profile,
     "published": _published,
     "reference": _reference,
     "feddpa": _feddpa,

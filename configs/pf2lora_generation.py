@@ -57,6 +57,8 @@ def get_config(variant: str = "webnlg"):
     config.personalize.steps = 1 if algorithm == "perfedavg" else 0
     config.evaluate.measures = ("rougeL", "meteor", "chrf")
     config.evaluate.spectra = True
+    if method == "hetlora":
+        config.points = {"truncated": {"algorithm": {"evaluate_global": True}}}
     if size == "published":
         batch = 8
         config.max_length = 512

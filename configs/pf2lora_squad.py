@@ -36,6 +36,8 @@ def get_config(variant: str = "pf2lora"):
     config.train.steps = 10
     config.personalize.steps = 1 if algorithm == "perfedavg" else 0
     config.evaluate.spectra = True
+    if method == "hetlora":
+        config.points = {"truncated": {"algorithm": {"evaluate_global": True}}}
     if size == "small":
         batch = 8
         config.data.source = "FOLDER"

@@ -130,9 +130,8 @@ def rebuilt(workdir: epath.PathLike) -> Rebuilt:
 
 def _check_same(workdir: epath.PathLike, then: dict[str, str], now: dict[str, str]) -> None:
     if changed := [name for name, sha256 in now.items() if then.get(name, sha256) != sha256]:
-        raise ValueError(
-            f"workdir {workdir} was made with other files, or read by another release: the SHA-256 of {changed[0]} has changed"
-        )
+        said = f"workdir {workdir} was made with other files: the SHA-256 of {changed[0]} has changed"
+        raise ValueError(f"{said}; another release may read the same files in another way")
 
 
 def _study(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -225,9 +224,10 @@ def _train(
     """
     own, base = identity(config), ground.pretrained.base
     hashes = ground.hashes | methods.sources(config)
-    manifest.check(workdir, own, hashes)
+    unset = methods.unset(config)
+    manifest.check(workdir, own, hashes, unset)
     sizes = grounds.sizes(ground.federation, base)
-    manifest.write(workdir, own, config.run.to_dict(), hashes=hashes, mesh=stage.mesh, sizes=sizes)
+    manifest.write(workdir, own, config.run.to_dict(), hashes=hashes, mesh=stage.mesh, sizes=sizes, unset=unset)
     placed = rounds.shard_base(base, stage.mesh)
     stage = knowing(config, ground, stage, placed, _kept(config, workdir))
     return loop.run(

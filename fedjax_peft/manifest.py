@@ -48,12 +48,18 @@ def of_clients(workdir: epath.PathLike) -> dict[str, Any]:
     return found
 
 
-def check(workdir: epath.PathLike, experiment: Mapping[str, Any], hashes: Mapping[str, str] | None = None) -> None:
+def check(
+    workdir: epath.PathLike,
+    experiment: Mapping[str, Any],
+    hashes: Mapping[str, str] | None = None,
+    unset: Mapping[str, Any] | None = None,
+) -> None:
     """Raises ValueError with the keys that differ if the run directory holds another experiment.
 
     Args:
       experiment: the config without what only changes speed.
       hashes: SHA-256 of the base and of the data; None before they are read.
+      unset: arguments that the config leaves at the defaults of this release, or None not to compare them.
     """
     manifest = read(workdir)
     if manifest is None:
@@ -67,6 +73,10 @@ def check(workdir: epath.PathLike, experiment: Mapping[str, Any], hashes: Mappin
         # Older releases hashed less.
         own = {name: sha256 for name, sha256 in hashes.items() if name in known}
         old, new = old | _flat({"sha256": known}), new | _flat({"sha256": own})
+    # An argument that only one of two releases has is at the value that it has without it.
+    then, now = _flat(manifest.get("unset", {})), _flat(unset or {})
+    for key in then.keys() & now.keys():
+        old[key], new[key] = then[key], now[key]
     changes = [
         f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
         for key in sorted(old | new)
@@ -84,8 +94,11 @@ def write(
     hashes: Mapping[str, str],
     mesh: jax.sharding.Mesh,
     sizes: Mapping[str, Any],
+    unset: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the manifest: config, seed, commit, versions, devices, mesh, sizes and hashes of base weights and data.
+
+    What the config leaves at the defaults of functions, `unset`, is written too: another release may have others.
 
     A run that goes on keeps what is written of its start, but for where data and weights lie, and adds the command, the
     versions and the devices of each further one under `resumed`.
@@ -95,7 +108,14 @@ def write(
     start = {"command": sys.argv, **environment(), "mesh": dict(mesh.shape)}
     content = metrics.read_json(workdir / "manifest.json")
     if content is None:
-        content = {"experiment": experiment, "run": run, "sha256": hashes, "sizes": sizes, **start}
+        content = {
+            "experiment": experiment,
+            "unset": unset or {},
+            "run": run,
+            "sha256": hashes,
+            "sizes": sizes,
+            **start,
+        }
     else:
         # Whoever asks a client of this run later looks where data and weights are now.
         for section, name in (key.split(".") for key in LOCATIONS):

@@ -151,6 +151,22 @@ def wants_aux(config: ConfigDict) -> bool:
     return "aux" in (settings.get(name) for name in ("embed_on", "fuse_on", "fit_on"))
 
 
+def unset(config: ConfigDict) -> dict[str, dict[str, Any]]:
+    """Arguments of the method and of the data that the config leaves at their defaults, as far as a file can say them.
+
+    The learning rates and other fields that a method hands on to a function of its own are not among them.
+    """
+    factories = {"algorithm": find(config.algorithm.name), "data": named("data", config.data.name, federations.ALL)}
+    return {
+        section: {
+            name: of.default
+            for name, of in inspect.signature(factory).parameters.items()
+            if name not in config[section] and isinstance(of.default, bool | int | float | str | tuple | None)
+        }
+        for section, factory in factories.items()
+    }
+
+
 def _defaults(config: ConfigDict) -> dict[str, Any]:
     factory = find(config.algorithm.name)
     return {name: of.default for name, of in inspect.signature(factory).parameters.items()}

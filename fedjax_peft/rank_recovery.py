@@ -37,6 +37,7 @@ class Method(NamedTuple):
     steps: int = 0  # of personalization, on all of a client's examples, before it is judged
     client_rank: int = 0  # r~, of a method whose clients keep `personal` adapters
     minibatches: int = 1  # that a local step asks for; each is all examples
+    pooled: bool = False  # rounds of one step, whose mean is a step on all clients' examples together
 
 
 class Curves(NamedTuple):
@@ -97,6 +98,7 @@ def methods(
         "pf2lora": ours("so"),
         "pf2lora_fo": ours("fo"),
         "pf2lora_joint": ours("joint"),
+        "centralized": averaged(rank)._replace(pooled=True),
         "homlora": averaged(rank),
         "homlora_wide": averaged(high),
         "homlora_tuned": averaged(rank, interval),
@@ -152,8 +154,8 @@ def study(
     Raises:
       ValueError: a number that does not fit, or an unknown method.
     """
-    _check(rank, client_rank, interval, steps, seeds, records)
     rates = {"lr_common": lr_common, "lr_personal": lr_personal, "lr_meta": lr_meta, "lr_inner": lr_inner}
+    _check(rank, client_rank, interval, steps, {"seeds": seeds, "records": records}, rates, rank_tolerance)
     table = methods(rank, client_rank, **rates, interval=interval, gamma=gamma, penalty=penalty)
     unknown = [name for name in only if name not in table]
     if unknown:
@@ -163,14 +165,20 @@ def study(
     arrays: dict[str, np.ndarray] = {}
     for name in only or table:
         since = time.monotonic()
-        settings = {"interval": interval, "total": steps // interval, "records": records, "tolerance": rank_tolerance}
+        local = 1 if table[name].pooled else interval
+        settings = {"interval": local, "total": steps // local, "records": records, "tolerance": rank_tolerance}
         curves = play(table[name], range(seeds), true_ranks, **settings)
         summary["methods"][name] = {
             "loss": curves.loss[:, -1].tolist(),
             "ranks": curves.ranks[:, -1].tolist(),
             "true_ranks": [list(true_ranks)] * seeds,
         }
-        own = {"rounds": curves.rounds, "loss": curves.loss, "ranks": curves.ranks, **curves.singular}
+        own = {
+            "rounds": curves.rounds * local / interval,
+            "loss": curves.loss,
+            "ranks": curves.ranks,
+            **curves.singular,
+        }
         arrays |= {f"{name}/{key}": value for key, value in own.items()}
         logger.info("%s: %.1f s", name, time.monotonic() - since)
     epath.Path(workdir).mkdir(parents=True, exist_ok=True)
@@ -327,14 +335,18 @@ def _batches(x: Array, y: Array, steps: int, copies: int = 1) -> Batches:
     return Batches({"x": repeat(x)}, repeat(y), weights, jnp.zeros((len(x), steps), jnp.int32))
 
 
-def _check(rank: int, client_rank: int, interval: int, steps: int, seeds: int, records: int) -> None:
+def _check(rank, client_rank, interval, steps, counts, rates, tolerance) -> None:
     if not 1 <= client_rank < rank:
         raise ValueError(f"client_rank is {client_rank}, expected 1 to rank - 1, which is {rank - 1}")
     if rank + client_rank > WIDTH:
         raise ValueError(f"rank + client_rank is {rank + client_rank}, expected at most {WIDTH}, the problem's width")
     if interval < 1 or steps < interval or steps % interval:
         raise ValueError(f"steps is {steps}, expected a positive multiple of interval, which is {interval}")
-    if seeds < 1:
-        raise ValueError(f"seeds is {seeds}, expected 1 or more")
-    if records < 1:
-        raise ValueError(f"records is {records}, expected 1 or more")
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} is {count}, expected 1 or more")
+    for name, rate in rates.items():
+        if not rate > 0:
+            raise ValueError(f"{name} is {rate}, expected more than 0")
+    if not 0 < tolerance < 1:
+        raise ValueError(f"rank_tolerance is {tolerance}, expected between 0 and 1")

@@ -11,6 +11,9 @@ import numpy as np
 from fedjax_peft import evaluate, summaries
 from fedjax_peft.types import Cohort, PyTree
 
+TRAVELLED = ("received", "sent")
+"""Metrics of a client where not all have as much traffic: numbers of four bytes."""
+
 
 class Pending(NamedTuple):
     """A round that is on the device."""
@@ -38,9 +41,10 @@ def line(pending: Pending, clients: Any, since: float) -> dict[str, Any]:
     means = {
         name: float(np.average(np.where(cohort.reported, values, 0.0), weights=weights)) if weights.any() else None
         for name, values in outcome["clients"].items()
+        if name not in TRAVELLED
     }
     seconds = time.monotonic() - since
-    reported = int(cohort.reported.sum())
+    down, up = _traffic(pending, cohort, outcome["clients"], real)
     return {
         "round": index,
         "tokens": tokens,
@@ -48,15 +52,24 @@ def line(pending: Pending, clients: Any, since: float) -> dict[str, Any]:
         **means,
         **{name: float(value) for name, value in outcome["server"].items()},
         "clients": int(real.sum()),
-        "reported": reported,
+        "reported": int(cohort.reported.sum()),
         "not_finite": broken,
-        "bytes_down": pending.traffic[0] * int(real.sum()),
-        "bytes_up": pending.traffic[1] * reported,
+        "bytes_down": down,
+        "bytes_up": up,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
         "padding_waste": 1 - tokens / max(computed, 1),
         "peak_bytes": _peak_bytes(),
     }
+
+
+def _traffic(pending, cohort, told, real) -> tuple[int, int]:
+    """Bytes that all clients of a round received and sent; those that dropped out received as much as any may."""
+    reported = int(cohort.reported.sum())
+    if not told.keys() >= set(TRAVELLED):
+        return pending.traffic[0] * int(real.sum()), pending.traffic[1] * reported
+    down, up = (4 * int(np.sum(told[name], where=cohort.reported, dtype=np.float64)) for name in TRAVELLED)
+    return down + pending.traffic[0] * (int(real.sum()) - reported), up
 
 
 def _peak_bytes() -> int:

@@ -106,7 +106,8 @@ class Algorithm(NamedTuple):
     personalize: Callable[..., PyTree]
     """(base, server, client, batches, key) -> adapters that the client is evaluated with. Zero steps are legal."""
     traffic: Callable[[PyTree], tuple[int, int]]
-    """(server) -> numbers of four bytes that one client receives and sends in a round, on the host."""
+    """(server) -> numbers of four bytes that one client receives and sends in a round, on the host; the most, where
+    clients differ, and each says its own in the metrics `received` and `sent`."""
     observe: Callable[..., PyTree] | None = None
     """(base, inputs, weights [B], constants) -> what there is to know of one batch of a client's training examples
     before any training. With `observed` it becomes a constant of the client, computed once a run."""

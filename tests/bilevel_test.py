@@ -124,6 +124,30 @@ def test_central_differences_do_not_depend_on_the_length_of_the_direction():
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(product(0.0)))
 
 
+def test_differences_need_no_second_derivative():
+    """A kernel whose backward pass is a kernel too, as in fused attention, which has no derivative of its own."""
+
+    @jax.custom_vjp
+    def kernel(x):
+        return jnp.sin(x)
+
+    @jax.custom_vjp
+    def backward(x):
+        return jnp.cos(x)
+
+    kernel.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (g * backward(x),))
+    backward.defvjp(lambda x: (jnp.cos(x), None), lambda kept, g: (jnp.zeros_like(g),))
+    x, v = jnp.arange(3.0), jnp.array([1.0, -2.0, 0.5])
+
+    def gradient(x):
+        return jax.grad(lambda x: jnp.sum(kernel(x) ** 2))(x)
+
+    with pytest.raises(TypeError, match="custom_vjp"):
+        bilevel.hessian_vector(gradient, x, v)
+    found = bilevel.hessian_vector(gradient, x, v, how="fd")
+    np.testing.assert_allclose(found, 2 * jnp.cos(2 * x) * v, rtol=1e-3, atol=1e-4)
+
+
 def test_another_product_is_refused():
     with pytest.raises(ValueError, match="by 'revrev', expected one of jvp, fd"):
         bilevel.hessian_vector(lambda x: x, jnp.ones(2), jnp.ones(2), how="revrev")

@@ -193,6 +193,23 @@ def test_the_server_averages_generators_by_examples_and_keeps_statistics():
     np.testing.assert_allclose(deviations, 1 + (x[0] - x[:3].mean(0)) / x[:3].std(0, ddof=1), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("relative", [1e-2, 3e-4, 1e-6, 0.0])
+def test_clients_that_hardly_differ_are_not_blown_up_by_the_first_round(relative):
+    rng = np.random.default_rng(0)
+    x = np.float32(5 * (1 + relative * rng.standard_normal((10, 50))))
+    start = fedp2eft.Statistics(jnp.float32(0), jnp.zeros(50), jnp.zeros(50))
+    first = fedp2eft.merged(start, fedp2eft.Sums((), jnp.float32(10), x.sum(0), (x**2).sum(0)))
+    read = jax.vmap(fedp2eft.standardized, (0, None))(x, first)
+    assert jnp.abs(read - 1).max() < 4
+    # Later rounds are counted from a mean, and tell small spreads.
+    later = first
+    for _ in range(400):
+        change = x - np.asarray(later.mean)
+        later = fedp2eft.merged(later, fedp2eft.Sums((), jnp.float32(10), change.sum(0), (change**2).sum(0)))
+    if relative >= 3e-4:
+        np.testing.assert_allclose(jnp.sqrt(later.m2 / later.count), np.asarray(x).std(0), rtol=0.1)
+
+
 def test_before_any_upload_all_clients_look_alike():
     statistics = method().init(jax.random.key(0)).statistics
     np.testing.assert_array_equal(fedp2eft.standardized(jnp.arange(6.0), statistics), 1.0)

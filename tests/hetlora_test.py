@@ -140,6 +140,20 @@ def test_without_any_norm_all_count_alike():
     assert_close(trained(found), jax.tree.map(lambda leaf: leaf.mean(0), uploads), 1e-6)
 
 
+def test_traffic_is_that_of_a_clients_ranks():
+    method, client = make(), 1
+    server = method.init(jax.random.key(0))
+    start = method.init_client(server, client, jax.random.key(1))
+    batches = jax.tree.map(lambda leaf: leaf[0], federation.data(0, [client]))
+    after, upload, metrics = method.client_update(federation.base(), server, start, batches, jax.random.key(2))
+    head = sum(leaf.size for leaf in jax.tree.leaves(upload)) - lora(upload).a.size - lora(upload).b.size
+    # As many numbers as are not cut away: A is nowhere zero by itself, and B has as many ranks.
+    kept = np.count_nonzero(lora(upload).a) * (1 + lora(upload).b.shape[-1] / lora(upload).a.shape[-2])
+    assert metrics["sent"] == head + kept and metrics["received"] > metrics["sent"] * (after.rank < start.rank)
+    most = method.traffic(server)
+    assert metrics["received"] == most[0] - (most[0] - head) * (RANK - int(start.rank)) // RANK
+
+
 def test_who_did_not_report_does_not_count():
     method, uploads = make(), trained(generic(0, clients=3))
     server = method.init(jax.random.key(0))

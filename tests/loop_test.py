@@ -1,6 +1,7 @@
 """The loop over rounds: what it records, whom it leaves out, and when it stops."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,10 @@ import optax
 import pytest
 import toy
 
-from fedjax_peft import adapters, loop, metrics, rounds, tasks
+from fedjax_peft import adapters, loop, metrics, records, rounds, tasks
 from fedjax_peft.algorithms import fedavg
 from fedjax_peft.data import batches, federated
+from fedjax_peft.types import Cohort
 
 CLIENTS, ROUNDS = 5, 4
 
@@ -170,3 +172,19 @@ def test_clients_that_never_report_keep_no_state(tmp_path):
     met = {int(i) for index in range(ROUNDS) for i in people.sample(index)} - {1}
     assert set(np.flatnonzero(after.known)) == met
     assert all(after.states["id"][i] == i for i in met)
+
+
+def test_bytes_are_those_that_clients_name():
+    values = np.array([10.0, 20.0, 40.0, 80.0], np.float32)
+    told = {"loss": np.ones(4), "received": values, "sent": values / 2}
+    outcome = {"clients": told, "server": {}, "finite": np.ones(4, bool)}
+    cohort = Cohort(np.array([0, 1, 2, 3]), np.ones(4), np.array([True, True, False, False]))
+    who = types.SimpleNamespace(names=("a", "b", "c"))
+    pending = records.Pending(0, (400, 400), cohort, outcome, np.ones((1, 3)))
+    line = records.line(pending, who, 0.0)
+    # The third client dropped out after it had received something, the fourth slot is empty.
+    assert (line["bytes_down"], line["bytes_up"]) == (4 * 30 + 400, 4 * 15)
+    assert "sent" not in line and line["loss"] == 1.0
+    del told["sent"]
+    line = records.line(pending, who, 0.0)
+    assert (line["bytes_down"], line["bytes_up"]) == (1200, 800)

@@ -35,6 +35,17 @@ def test_only_the_same_experiment_goes_on(tmp_path):
         manifest.check(tmp_path / "run", changed("algorithm", mode="fo"))
 
 
+def test_defaults_of_another_release_are_noticed(tmp_path):
+    def settings(**arguments):
+        return {"algorithm": {"weighting": "examples", **arguments}}
+
+    mesh = rounds.make_mesh(1, 1)
+    manifest.write(tmp_path, EXPERIMENT, {}, hashes={}, mesh=mesh, sizes={}, unset=settings(gone=1))
+    manifest.check(tmp_path, EXPERIMENT, {}, settings(new=(2, 3)))
+    with pytest.raises(ValueError, match="algorithm.weighting was 'examples' and is 'uniform'"):
+        manifest.check(tmp_path, EXPERIMENT, {}, settings(weighting="uniform"))
+
+
 def test_what_was_read_may_lie_elsewhere_if_it_is_the_same(tmp_path):
     write(tmp_path, base="b")
     moved = changed("model", source="/elsewhere")

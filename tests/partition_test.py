@@ -153,6 +153,19 @@ def test_label_sorting_of_glue(counts, h, size, expected):
     np.testing.assert_allclose(found[0], expected, rtol=0, atol=0.02)
 
 
+def test_label_sorting_goes_from_even_to_contiguous():
+    splits = make(6000, 600, classes=3)
+    even, ordered = (partition.label_sort(splits, clients=8, seed=0, h=h) for h in (0.0, 1.0))
+    shares = histograms(splits, even, classes=3) / 750
+    np.testing.assert_allclose(shares, np.tile(np.bincount(splits["train"]["label"]) / 6000, (8, 1)), atol=0.06)
+    for split in ("train", "test"):
+        held = [splits[split]["label"][rows] for rows in ordered[split]]
+        # Classes never go back from one client to the next, and one that is cut is held by neighbours.
+        assert all(one.max() <= other.min() for one, other in zip(held, held[1:], strict=False))
+    with pytest.raises(ValueError, match="a partition needs 1 client or more, got 0"):
+        partition.label_sort(splits, clients=0, h=0.5)
+
+
 def test_label_sorting_of_few_rows_has_these_shares_on_average():
     # A single client's share of CoLA at 0.3 has a standard deviation of 0.011.
     shares, size = zip(*(sorted_shares(COLA, 0.3, seed) for seed in range(20)), strict=True)

@@ -67,6 +67,20 @@ def test_baselines_end_where_others_had_them(name, total, loss, ranks, tolerance
     assert (curves.ranks[:, -1] == ranks).all()
 
 
+def test_centralized_ends_at_the_best_matrix_of_its_rank():
+    """Reduced-rank regression on both clients' examples has a closed form (Izenman, 1975)."""
+    method = rank_recovery.methods()["centralized"]
+    assert method.pooled
+    curves = rank_recovery.play(method, range(2), (3, 5), interval=1, total=6000, records=1, tolerance=1e-2)
+    for seed in range(2):
+        x, y = (part.reshape(-1, rank_recovery.WIDTH) for part in rank_recovery.problem(seed, (3, 5)))
+        fit = np.linalg.lstsq(x, y, rcond=None)[0]
+        directions = np.linalg.svd(x @ fit, full_matrices=False)[2][: method.rank]
+        least = 0.5 * np.square(x @ fit @ directions.T @ directions - y).sum() / len(x)
+        np.testing.assert_allclose(curves.loss[seed, -1].mean(), least, rtol=1e-3)
+    assert (curves.ranks[:, -1] == 4).all()
+
+
 def test_step_sizes_of_baselines_are_their_own():
     table = rank_recovery.methods(lr_meta=0.5, lr_inner=0.25, lr_common=0.125, gamma=0.75, penalty=0.0625)
     meta, cutting = table["perfedavg"], table["hetlora_truncated"].build.keywords
@@ -107,6 +121,8 @@ def test_a_run_leaves_its_summary_and_pictures(tmp_path, capsys):
         ({"steps": 15}, "steps is 15, expected a positive multiple of interval, which is 10"),
         ({"seeds": 0}, "seeds is 0, expected 1 or more"),
         ({"records": 0}, "records is 0, expected 1 or more"),
+        ({"lr_meta": -0.1}, "lr_meta is -0.1, expected more than 0"),
+        ({"rank_tolerance": 1.0}, "rank_tolerance is 1.0, expected between 0 and 1"),
         ({"only": ("lora",)}, "only names 'lora', expected some of pf2lora"),
         ({"ranks": 3}, "config.ranks is not a setting of study"),
         ({"study": "other"}, "study is 'other', expected rank_recovery"),

@@ -306,7 +306,8 @@ def merged(statistics: Statistics, sums: Sums) -> Statistics:
     count, mean, m2 = statistics
     total = jnp.maximum(count + sums.count, 1.0)
     shift = sums.x / jnp.maximum(sums.count, 1.0)
-    spread = jnp.maximum(sums.square - sums.count * shift**2, 0.0)
+    # Squares of the first round are counted from 0, and float32 does not tell a smaller spread from none.
+    spread = jnp.maximum(sums.square - sums.count * shift**2, sums.count * (1e-3 * shift) ** 2 * (count == 0))
     return Statistics(
         count + sums.count, mean + shift * sums.count / total, m2 + spread + shift**2 * count * sums.count / total
     )

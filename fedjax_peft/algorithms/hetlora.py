@@ -70,8 +70,7 @@ def hetlora(
     """HETLoRA.
 
     Scales are those of the largest rank, alpha / R, for all: ranks mean the same whoever holds them. A client without
-    a state, also one that never takes part, has the server's adapters cut to its initial rank. Traffic is counted at R;
-    the metric `rank` tells what of it a client fills.
+    a state, also one that never takes part, has the server's adapters cut to its initial rank.
 
     Args:
       model, task: what is trained, and on what loss.
@@ -98,6 +97,7 @@ def hetlora(
     _check(largest, clients, rank_min, gamma, penalty, norm_eps)
     initial_rank = spread(rank_min, largest, clients) if isinstance(clients, int) else clients
     tails = jnp.asarray(tail_starts(gamma, largest))
+    sizes = rank_sizes(jax.eval_shape(init_adapters, jax.random.key(0)), largest)
 
     def init(key):
         return Server(init_adapters(key), jnp.int32(0))
@@ -128,7 +128,8 @@ def hetlora(
         before, after = (tail_norm(factors, tail, client.rank, norm_eps) for factors in (start, trained))
         rank = pruned(client.rank, tail, before, after, rank_min) if prune else client.rank
         upload = between(trained, 0, rank)
-        metrics = metrics | {"rank": rank.astype(jnp.float32), "tail": after}
+        received, sent = (sizes[0] + sizes[1] * own.astype(jnp.float32) for own in (client.rank, rank))
+        metrics = metrics | {"rank": rank.astype(jnp.float32), "tail": after, "received": received, "sent": sent}
         return Client(rank, upload, between(moments, 0, rank)), upload, metrics
 
     def fold(uploads, cohort):
@@ -175,6 +176,12 @@ def spread(least: int, most: int, clients: int) -> Callable[[Array], Array]:
 def tail_starts(gamma: float, most: int) -> np.ndarray:
     """[R + 1] int32 floor(gamma r) for r from 0 to `most`, where 0.29 x 100 is 29."""
     return np.array([math.floor(gamma * rank + 1e-9) for rank in range(most + 1)], np.int32)
+
+
+def rank_sizes(adapters: PyTree, rank: int) -> tuple[int, int]:
+    """Numbers that travel whatever the rank, and with each of the `rank` ones."""
+    factors = adapters_lib.count(adapters, _is_factor)
+    return adapters_lib.count(adapters) - factors, factors // rank
 
 
 def between(tree: PyTree, low: Array | int, high: Array | int) -> PyTree:

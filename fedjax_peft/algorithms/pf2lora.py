@@ -110,7 +110,7 @@ def pf2lora(
         dense head.
     """
     aggregate.check_weighting(weighting)
-    _check_steps(client_rate, hypergradient, hvp, fd_eps)
+    _check_steps(client_rate, personal_alpha, personal_rate, hypergradient, hvp, fd_eps)
     _check_adapters(init_adapters, client_rank, personal_head)
 
     def init(key):
@@ -260,9 +260,12 @@ def _like(scale: Array, rank: int) -> Array:
     return jnp.broadcast_to(scale[..., :1], (*scale.shape[:-1], rank))
 
 
-def _check_steps(client_rate, hypergradient, hvp, fd_eps) -> None:
-    if not client_rate >= 0:
-        raise ValueError(f"algorithm.client_rate is {client_rate}, expected 0 or more")
+def _check_steps(client_rate, personal_alpha, personal_rate, hypergradient, hvp, fd_eps) -> None:
+    for name, rate in (("algorithm.client_rate", client_rate), ("algorithm.personal_rate", personal_rate)):
+        if not rate >= 0:
+            raise ValueError(f"{name} is {rate}, expected 0 or more")
+    if personal_alpha is not None and not personal_alpha > 0:
+        raise ValueError(f"algorithm.personal_alpha is {personal_alpha}, expected more than 0, or None for that of r")
     if hypergradient not in ORDERS:
         raise ValueError(f"algorithm.hypergradient is {hypergradient!r}, expected one of {', '.join(ORDERS)}")
     if hvp not in PRODUCTS:

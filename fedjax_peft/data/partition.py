@@ -150,6 +150,7 @@ def label_sort(
     """
     if not 0 <= h <= 1:
         raise ValueError(f"label_sort needs h in [0, 1], got {h}")
+    dealing.at_least_one(clients)
     out = {}
     for i, (split, labels) in enumerate(dealing.column_of(splits, label).items()):
         rng = dealing.generator(seed, i)
