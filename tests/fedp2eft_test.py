@@ -60,6 +60,27 @@ def test_a_client_leaves_nothing_but_the_generator():
     assert metrics["psg_error_after"] < metrics["psg_error"]
 
 
+def test_clients_side_by_side_are_those_one_after_the_other():
+    """Updates and personalizations of clients with all, some and one of their examples."""
+    algorithm, own = method(rate=0.1), [client(index, budget=index + 1) for index in range(3)]
+    weights = [np.array(batches.weights) for batches in own]
+    weights[1][1:], weights[2].reshape(-1)[1:] = 0, 0
+    own = [batches.replace(weights=each) for batches, each in zip(own, weights, strict=True)]
+    server = trained(algorithm, algorithm.init(jax.random.key(0)), np.linspace(0.1, 1.0, 12))
+
+    def both(batches, key):
+        _, upload, metrics = algorithm.client_update(BASE, server, (), batches, key)
+        return upload, metrics, algorithm.personalize(BASE, server, (), batches, key)
+
+    keys = jax.random.split(jax.random.key(2), 3)
+    together = jax.jit(jax.vmap(both))(jax.tree.map(lambda *leaves: np.stack(leaves), *own), keys)
+    alone = jax.jit(both)
+    for index, batches in enumerate(own):
+        # The generator's Adam makes a step of full size of whatever rounding leaves of a gradient.
+        mine = jax.tree.map(lambda leaf, at=index: leaf[at], together)
+        assert_close(mine, alone(batches, keys[index]), 1e-4)
+
+
 def test_adam_steps_of_the_generator_move_a_bias_by_its_rate():
     server = method().init(jax.random.key(0))
     for steps in (1, 10):
