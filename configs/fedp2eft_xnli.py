@@ -135,20 +135,17 @@ def _alone(config):
     return config
 
 
-def _raw(config):
-    config = _small(config)
-    config.algorithm.tap_standardize = "none"
-    config.points = {}
-    config.personalize.budgets = (2,)
-    return config
+def _changed(**settings):
+    """FedP2EFT alone with other settings, at two ranks."""
 
+    def change(config):
+        config = _small(config)
+        config.algorithm.update(settings)
+        config.points = {}
+        config.personalize.budgets = (2,)
+        return config
 
-def _profile(config):
-    config = _small(config)
-    config.algorithm.profile = "reference"
-    config.points = {}
-    config.personalize.budgets = (2,)
-    return config
+    return change
 
 
 def _fedl2p(budget):
@@ -223,8 +220,8 @@ def _dept(config):
 VARIANTS = {
     "": _small,
     "alone": _alone,
-    "raw": _raw,
-    "profile": _profile,
+    "raw": _changed(tap_standardize="none"),
+    "profile": _changed(profile="reference"),
     "published": _published,
     "reference": _reference,
     "feddpa": _feddpa,

@@ -12,6 +12,7 @@ Expected, ten problems (most frequent learnt ranks, problems in which both are r
     pf2lora              3  5   10 of 10   4.9e-12  6.1e-12
     pf2lora_fo           3  5   10 of 10   5.0e-12  6.1e-12
     pf2lora_joint        3  5   10 of 10   4.8e-12  6.1e-12
+    centralized          4  4    0 of 10   1.4e-01  5.5e-01
     homlora              4  4    0 of 10   1.3e-01  5.7e-01
     homlora_wide         5  5    0 of 10   2.4e-01  2.5e-01
     homlora_tuned        4  4    0 of 10   3.0e-03  4.2e-01
@@ -26,7 +27,7 @@ Expected, ten problems (most frequent learnt ranks, problems in which both are r
     hetlora_truncated    5  5    0 of 10   3.0e-01  1.9e-01
 
 PF2LoRA has the ranks right in every problem, whatever the hypergradient: both levels share one objective, so all three
-have the same stationary points. A single shared matrix (homlora, perfedavg) fits neither client. Rows `tuned` show the
+have the same stationary points. A single shared matrix (centralized, homlora, perfedavg) fits neither client. Rows `tuned` show the
 same models after ten more steps on a client's own examples, which flatters any rank of 5 or more. HETLoRA's zero-padded
 averages shrink the ranks that only one client owns, and its pruning rule falls to rank 1 on this loss; `truncated`
 is its average as a client receives it, all other rows of it what clients trained last.

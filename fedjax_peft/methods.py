@@ -114,7 +114,7 @@ def _check_settings(config: ConfigDict, factory: Callable, settings: dict[str, A
         further = {key: value for key, value in settings.items() if key not in inspect.signature(factory).parameters}
         for function in PASSED_ON:
             settings_lib.check_types("algorithm", function, further)
-    given = {**_defaults(config), **settings}
+    given = {**_defaults(find(config.algorithm.name)), **settings}
     for key, how in DIFFERENCES.items():
         for section in ("model", "task"):
             dtype = config[section].dtype
@@ -138,7 +138,7 @@ def folded(config: ConfigDict, model: Model) -> Model:
     if name in ("fedmutual", "fedapen"):
         return mutual.ensembled(model)
     if name in ("fedprompt", "fedptuning"):
-        settings = {**_defaults(config), **_settings(config)}
+        settings = {**_defaults(find(config.algorithm.name)), **_settings(config)}
         if settings.get("prompt") is inspect.Parameter.empty:
             raise ValueError("algorithm fedprompt needs 'prompt'")
         return fedprompt.prompted(model, len(settings["prompt"]) if name == "fedprompt" else settings["virtual_tokens"])
@@ -147,7 +147,7 @@ def folded(config: ConfigDict, model: Model) -> Model:
 
 def wants_aux(config: ConfigDict) -> bool:
     """Whether the method reads examples that clients hold out of training."""
-    settings = {**_defaults(config), **config.algorithm.to_dict()}
+    settings = {**_defaults(find(config.algorithm.name)), **config.algorithm.to_dict()}
     return "aux" in (settings.get(name) for name in ("embed_on", "fuse_on", "fit_on"))
 
 
@@ -159,16 +159,15 @@ def unset(config: ConfigDict) -> dict[str, dict[str, Any]]:
     factories = {"algorithm": find(config.algorithm.name), "data": named("data", config.data.name, federations.ALL)}
     return {
         section: {
-            name: of.default
-            for name, of in inspect.signature(factory).parameters.items()
-            if name not in config[section] and isinstance(of.default, bool | int | float | str | tuple | None)
+            name: default
+            for name, default in _defaults(factory).items()
+            if name not in config[section] and isinstance(default, bool | int | float | str | tuple | None)
         }
         for section, factory in factories.items()
     }
 
 
-def _defaults(config: ConfigDict) -> dict[str, Any]:
-    factory = find(config.algorithm.name)
+def _defaults(factory: Callable) -> dict[str, Any]:
     return {name: of.default for name, of in inspect.signature(factory).parameters.items()}
 
 

@@ -69,6 +69,18 @@ def forked(answers=(2, 1, 3), prompt: int = 4, width: int = 12) -> tuple[dict, l
     return whole, [(tokens[own], own) for own in places]
 
 
+def check_forks(apply) -> None:
+    """Each branch of a text has the outputs that it has alone; `apply` is a model's, of inputs."""
+    whole, branches = forked()
+    found = apply(whole)[0]
+    for tokens, places in branches:
+        alone = apply({"tokens": tokens[None], "mask": np.ones((1, len(tokens)), bool)})[0]
+        np.testing.assert_allclose(found[places], alone, atol=1e-4)
+    # Without the fork later answers would see the ones before.
+    joined = apply({name: whole[name] for name in ("tokens", "mask")})[0]
+    assert np.abs(joined - found)[branches[1][1][-1]].max() > 0.1
+
+
 def published(base: dict) -> dict[str, np.ndarray]:
     """Our parameters under their Hugging Face names and layouts: the inverse of the tables, written independently."""
     tensors = {}
