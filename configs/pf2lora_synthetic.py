@@ -27,10 +27,10 @@ Expected, ten problems (most frequent learnt ranks, problems in which both are r
     hetlora_truncated    5  5    0 of 10   3.0e-01  1.9e-01
 
 PF2LoRA has the ranks right in every problem, whatever the hypergradient: both levels share one objective, so all three
-have the same stationary points. A single shared matrix (centralized, homlora, perfedavg) fits neither client. Rows `tuned` show the
-same models after ten more steps on a client's own examples, which flatters any rank of 5 or more. HETLoRA's zero-padded
-averages shrink the ranks that only one client owns, and its pruning rule falls to rank 1 on this loss; `truncated`
-is its average as a client receives it, all other rows of it what clients trained last.
+have the same stationary points. A single shared matrix (centralized, homlora, perfedavg) fits neither client. Rows
+`tuned` show the same models after ten more steps on a client's own examples, which flatters any rank of 5 or more.
+HETLoRA's zero-padded averages shrink the ranks that only one client owns, and its pruning rule falls to rank 1 on this
+loss; `truncated` is its average as a client receives it, all other rows of it what clients trained last.
 """
 
 from ml_collections import ConfigDict
