@@ -17,7 +17,8 @@ Paper: Zhang et al., Personalized Federated Fine-Tuning for LLMs via Data-Driven
 Dirichlet(A) with A of 0.1, 1 or 100; `ni`, one task of Natural Instructions a client; and, not of the paper, `flan1`
 and `flan2`, eight task clients each. Methods: those of METHODS. FedAMoLE and the `-FT` of baselines are the point
 `personal` of a run, after one more local round; plain FedIT, FedPrompt and FedPTuning are the point `global` of the
-same run, the mean after 29 rounds where the study has that after 30. Evaluations on the way are of `global` alone.
+same run, the mean after 29 rounds where the study has that after 30. Evaluations on the way are of `global` alone; the
+study's curves over rounds are of clients' own models, `--config.evaluate.points=True`, each a local round more.
 
 `fedit_matched`, which the paper lacks, is FedIT with as many parameters as FedAMoLE's average client (rank 61 as
 published; at the small size 45, and 53 of `flan`), and so with its traffic: what either trains is what it sends, each
@@ -169,10 +170,11 @@ def _small(config, data, method):
     config.model.source = "smollm2"
     config.rounds = 4
     config.train.steps = config.personalize.steps = 5
-    config.optimizer.learning_rate = 5e-4
+    # Of three rates each (FedPTuning four), on flan2 with seed 7 and half the rounds. LoRA's is that of all LoRAs.
+    config.optimizer.learning_rate = 1e-2 if method == "fedprompt" else 2e-3
     config.data.train_limit = 100
     config.data.aux_limit = 5 if data == "ni" else 10
-    config.data.test_limit = 30 if data == "snli" else 16
+    config.data.test_limit = {"snli": 30, "ni": 8}.get(data, 16)
     config.evaluate.every = 1000
     config.evaluate.end = method in ("fedit", "fedprompt", "fedptuning")  # elsewhere the mean is no row of the table
     config.evaluate.pack = 1  # clients of one step have one width

@@ -81,6 +81,7 @@ def default_config() -> ConfigDict:
     config.base = ConfigDict({"name": "pretrained"})
     config.evaluate = ConfigDict({"every": 5, "batch": 8, "pack": 8})  # rounds; examples; batches at once
     config.evaluate.end = True  # whether the last round's model of all clients is evaluated too, beside personal ones
+    config.evaluate.points = False  # whether clients are personalized and evaluated on the way too, as in the end
     config.evaluate.generate = 0  # tokens of written answers that are compared with references; 0 compares likelihoods
     config.evaluate.measures = ("rougeL", "rougeL_ref")  # of text_metrics.py; the first is the headline
     config.evaluate.decoding = ConfigDict({"method": "greedy"})  # how answers are written, or `sampled`, `beam`

@@ -248,6 +248,7 @@ def _train(
         chunk=config.run.chunk or None,
         evaluate_every=config.evaluate.every,
         evaluate_end=last and config.evaluate.end,
+        evaluate_points=config.evaluate.points,
         checkpoint_every=config.run.checkpoint_every,
         keep_checkpoints=config.run.keep_checkpoints,
         population_folder=config.run.population,

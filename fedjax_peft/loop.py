@@ -117,6 +117,7 @@ def run(
     chunk: int | None,
     evaluate_every: int | None,
     evaluate_end: bool = True,
+    evaluate_points: bool = False,
     checkpoint_every: int,
     keep_checkpoints: int,
     population_folder: str | None = None,
@@ -132,6 +133,8 @@ def run(
       evaluate_every, checkpoint_every: rounds between two of them; the last round has both. None evaluates only the
         points.
       evaluate_end: whether the last round is evaluated too, beside its points.
+      evaluate_points: whether earlier evaluations show its points too, as if the run ended there; those alone that read
+        what it has trained.
       keep_checkpoints: how many of the newest checkpoints stay.
       population_folder: of a local disk, where the states of clients lie while the run goes on; None is in memory.
       begin: told of each stage as it begins, see `processes.watchdog`.
@@ -158,12 +161,13 @@ def run(
     fresh = functools.partial(_begin, mesh=mesh, root=root, clients=len(clients.names))
     judge = judging.make_judge(problem, clients, workdir, fresh, chunk=chunk, root=root)
     now = {"global": Point(algorithm, clients.nothing)}
+    early = {name: point for name, point in points.items() if evaluate_points and point.trained}
     # A method that trains no model of its own has nothing to show beside the base of round 0 and its points.
     shows = evaluate_every and evaluate_end and (algorithm.shared or total == 0)
     ends = (now if shows else {}) | dict(points)
     with processes.stop_signals() as stop:
         going = _Going(problem, clients, people, workdir, checkpoints, judge, root, total, chunk, traffic, begin, stop)
-        server = _play(going, server, start, now, evaluate_every, checkpoint_every)
+        server = _play(going, server, start, now, early, evaluate_every, checkpoint_every)
         _end(going, server, ends)
     begin("the summary")
     return _summarize(workdir, list(ends))
@@ -174,10 +178,11 @@ def _play(
     server: PyTree,
     start: int,
     now: Mapping[str, Point],
+    early: Mapping[str, Point],
     evaluate_every: int | None,
     checkpoint_every: int,
 ) -> PyTree:
-    """Plays the rounds from `start` on, with evaluations of `now` before some of them: the last server."""
+    """Plays the rounds from `start` on, with evaluations of `now` and `early` before some of them: the last server."""
     (mesh, algorithm, *_), clients, people, total = going.problem, going.clients, going.people, going.total
     step = rounds.make_round(algorithm, mesh, going.chunk)
     slots = rounds.slots_for(len(clients.sample(0)), mesh, going.chunk)
@@ -213,9 +218,10 @@ def _play(
 
         ahead, before = prepare(start), np.zeros(0, np.int32)
         for index in range(start, total):
-            if evaluate_every and index % evaluate_every == 0 and (index == 0 or algorithm.shared):
+            shown = dict(now if index == 0 or algorithm.shared else {}) | dict(early)
+            if evaluate_every and index % evaluate_every == 0 and shown:
                 with between_rounds(f"the evaluation before round {index}"):
-                    going.judge(server, people, index, now)
+                    going.judge(server, people, index, shown)
             going.begin(f"round {index}")
             inputs = ahead.result()
             arguments = _arguments(inputs, people, mesh, before)

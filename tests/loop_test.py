@@ -116,6 +116,25 @@ def test_rows_hold_every_client_and_point(finished):
     assert seen["global"]["accuracy"]["mean"] == pytest.approx(np.mean(last))
 
 
+def test_points_on_the_way_are_shown_on_demand_and_change_nothing(finished, tmp_path):
+    summary = run(tmp_path, evaluate_points=True)
+    assert summary == finished[1]
+    rows, plain = (metrics.read_rows(workdir / "clients.parquet") for workdir in (tmp_path, finished[0]))
+    early = [row for row in rows if row["point"] == "personal" and row["round"] < ROUNDS]
+    assert [row["round"] for row in early if row["client"] == 4] == [0, 2]
+    assert [row for row in rows if row not in early] == plain
+    assert len({row["loss"] for row in rows if row["client"] == 4}) == 6
+
+
+def test_points_of_their_own_are_not_evaluated_on_the_way(tmp_path):
+    whole = problem()
+    own = {name: point._replace(trained=False) for name, point in points(whole.algorithm).items()}
+    speed = {"chunk": 2, "evaluate_every": 1, "checkpoint_every": 2, "keep_checkpoints": 2, "evaluate_points": True}
+    loop.run(whole, clients(), own, tmp_path, seed=0, total=2, **speed)
+    rows = metrics.read_rows(tmp_path / "clients.parquet")
+    assert {row["round"] for row in rows if row["point"] == "personal"} == {2}
+
+
 def test_speed_settings_change_nothing(finished, tmp_path):
     run(tmp_path, chunk=1, checkpoint_every=3)
     tables = [metrics.read_rows(workdir / "clients.parquet") for workdir in (finished[0], tmp_path)]

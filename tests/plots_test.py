@@ -130,6 +130,15 @@ def test_curves_show_the_mean_of_each_pool_and_its_deviation():
     assert personalized == pytest.approx({"seen, personalized": 0.32, "unseen, personalized": 0.37})
 
 
+def test_points_on_the_way_have_a_curve():
+    rows = make_rows(5, 5)
+    early = [row | {"point": "personal", "accuracy": row["accuracy"] + 0.1} for row in rows if row["round"] < 4]
+    (dashed,) = [line for line in scores_of(rows + early).get_lines() if line.get_linestyle() == "--"]
+    np.testing.assert_allclose(dashed.get_xdata(), [0, 2, 4])
+    np.testing.assert_allclose(dashed.get_ydata(), [0.12, 0.22, 0.34])
+    assert not [line for line in scores_of(rows).get_lines() if line.get_linestyle() == "--"]
+
+
 def test_the_deviation_never_leaves_the_range_of_the_clients():
     rows = [row | {"accuracy": 1.0 if row["client"] else 0.0} for row in make_rows(10, 10)]
     band = scores_of(rows).collections[0].get_paths()[0].vertices

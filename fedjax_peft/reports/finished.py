@@ -60,6 +60,11 @@ def read(workdir: epath.PathLike) -> Run:
     )
 
 
+def ended(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Rows of clients.parquet or strategies.parquet without those of the run's points on the way."""
+    return [row for row in rows if row["round"] == run.rounds or row["point"] not in run.points]
+
+
 def name_of(written: Mapping[str, Any]) -> str:
     """What tables call the method of a run with this manifest."""
     return written["run"].get("title") or written["experiment"]["algorithm"]["name"]

@@ -231,7 +231,7 @@ def _trend(panel: axes.Axes, rounds: Sequence[Mapping], values: Sequence[float],
 
 
 def _evaluations(panel: axes.Axes, rows: Iterable[Mapping], metric: str, total: int, point: str) -> None:
-    """Mean and standard deviation over the clients of each pool at each evaluation, and at the end personalized."""
+    """Mean and standard deviation over the clients of each pool at each evaluation, and of those that personalized."""
     scores: dict[str, dict[tuple[str, int], list[float]]] = {}
     for row in rows:
         if row["examples"]:
@@ -244,6 +244,8 @@ def _evaluations(panel: axes.Axes, rows: Iterable[Mapping], metric: str, total: 
         label = pool if len(index) > 1 else f"{pool}, base"
         panel.plot(index, mean, markersize=3.5, label=label, **style)
         panel.fill_between(index, low, high, color=color, alpha=0.15, linewidth=0)
+        if len(early := sorted(at for name, at in of if name == point)) > 1:
+            panel.plot(early, [np.mean(of[point, at]) for at in early], color=color, linestyle="--", linewidth=1)
         low, mean, high = _spread(of[point, total])
         style |= {"markersize": 6, "markeredgecolor": "0.1", "linestyle": "", "capsize": 2}
         # Beside the last round, so that the bars of pools do not cover one another.

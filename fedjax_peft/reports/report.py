@@ -27,13 +27,14 @@ def show(workdir: epath.PathLike) -> None:
         return _show_recovery(epath.Path(workdir), summary["methods"])
     run = finished.read(workdir)
     name, rows = run.name, metrics.read_rows(run.workdir / "clients.parquet")
+    last = finished.ended(run, rows)
     title = _title(run.metric) + (f" after {run.rounds} rounds" if run.rounds else "") + f" of {name}"
     if len(run.points) == 1:
-        console.table(title, *_table(run, rows))
+        console.table(title, *_table(run, last))
     else:
         for pool in run.pools:
             for points in finished.side_by_side(run.points, COLUMNS["one"]):
-                console.table(f"{title}: {pool} clients", *_table_of_points(run, rows, pool, points))
+                console.table(f"{title}: {pool} clients", *_table_of_points(run, last, pool, points))
         if any(finished.split(point)[1] for point in run.points):
             console.table(f"{_title(run.metric)}, mean over groups", *_table_of_budgets(run))
     _draw(run, rows)
@@ -116,7 +117,7 @@ def _draw(run: finished.Run, rows: Sequence[Mapping[str, Any]]) -> None:
     folder, headline = run.workdir / "plots", run.points[0]
     plots.write(folder, lines, rows, algorithm=name, metric=run.metric, total=run.rounds, point=headline)
     path = run.workdir / "strategies.parquet"
-    strategies = metrics.read_rows(path) if path.exists() else []
+    strategies = finished.ended(run, metrics.read_rows(path)) if path.exists() else []
     if rows and "rank_sum" in rows[0]:
         plots.write_spectra(folder, rows, strategies, algorithm=name, point=headline)
     if strategies and "experts" in strategies[0]:
@@ -192,7 +193,7 @@ def _table_of_budgets(run: finished.Run) -> tuple[list[str], list[list[Any]]]:
 def _table(run: finished.Run, rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows: each group pooled over its examples, then statistics over the clients of each pool."""
     headline = run.points[0]
-    last = [row for row in rows if (row["round"], row["point"]) == (run.rounds, headline)]
+    last = [row for row in rows if row["point"] == headline]
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in last:
         groups.setdefault((row["pool"], row["group"]), []).append(row)
