@@ -80,6 +80,7 @@ def default_config() -> ConfigDict:
     # config and replace its defaults. Data and model are the same.
     config.base = ConfigDict({"name": "pretrained"})
     config.evaluate = ConfigDict({"every": 5, "batch": 8, "pack": 8})  # rounds; examples; batches at once
+    config.evaluate.base = True  # whether the base is evaluated too, which is the same for many runs
     config.evaluate.end = True  # whether the last round's model of all clients is evaluated too, beside personal ones
     config.evaluate.points = False  # whether clients are personalized and evaluated on the way too, as in the end
     config.evaluate.generate = 0  # tokens of written answers that are compared with references; 0 compares likelihoods

@@ -247,6 +247,7 @@ def _train(
         total=config.rounds,
         chunk=config.run.chunk or None,
         evaluate_every=config.evaluate.every,
+        evaluate_base=config.evaluate.base,
         evaluate_end=last and config.evaluate.end,
         evaluate_points=config.evaluate.points,
         checkpoint_every=config.run.checkpoint_every,

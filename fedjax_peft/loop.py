@@ -116,6 +116,7 @@ def run(
     total: int,
     chunk: int | None,
     evaluate_every: int | None,
+    evaluate_base: bool = True,
     evaluate_end: bool = True,
     evaluate_points: bool = False,
     checkpoint_every: int,
@@ -132,6 +133,7 @@ def run(
       chunk: clients that a device works on at once; None measures a few and takes the fastest.
       evaluate_every, checkpoint_every: rounds between two of them; the last round has both. None evaluates only the
         points.
+      evaluate_base: whether the model before round 0 is evaluated too.
       evaluate_end: whether the last round is evaluated too, beside its points.
       evaluate_points: whether earlier evaluations show its points too, as if the run ended there; those alone that read
         what it has trained.
@@ -167,7 +169,7 @@ def run(
     ends = (now if shows else {}) | dict(points)
     with processes.stop_signals() as stop:
         going = _Going(problem, clients, people, workdir, checkpoints, judge, root, total, chunk, traffic, begin, stop)
-        server = _play(going, server, start, now, early, evaluate_every, checkpoint_every)
+        server = _play(going, server, start, now, early, evaluate_every, evaluate_base, checkpoint_every)
         _end(going, server, ends)
     begin("the summary")
     return _summarize(workdir, list(ends))
@@ -180,6 +182,7 @@ def _play(
     now: Mapping[str, Point],
     early: Mapping[str, Point],
     evaluate_every: int | None,
+    evaluate_base: bool,
     checkpoint_every: int,
 ) -> PyTree:
     """Plays the rounds from `start` on, with evaluations of `now` and `early` before some of them: the last server."""
@@ -218,7 +221,7 @@ def _play(
 
         ahead, before = prepare(start), np.zeros(0, np.int32)
         for index in range(start, total):
-            shown = dict(now if index == 0 or algorithm.shared else {}) | dict(early)
+            shown = dict(now if (algorithm.shared if index else evaluate_base) else {}) | dict(early)
             if evaluate_every and index % evaluate_every == 0 and shown:
                 with between_rounds(f"the evaluation before round {index}"):
                     going.judge(server, people, index, shown)

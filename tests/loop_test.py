@@ -126,6 +126,14 @@ def test_points_on_the_way_are_shown_on_demand_and_change_nothing(finished, tmp_
     assert len({row["loss"] for row in rows if row["client"] == 4}) == 6
 
 
+def test_the_base_is_evaluated_on_demand(finished, tmp_path):
+    summary = run(tmp_path, evaluate_base=False)
+    rows, plain = (metrics.read_rows(workdir / "clients.parquet") for workdir in (tmp_path, finished[0]))
+    assert rows == [row for row in plain if row["round"] > 0]
+    without = {pool: {point: of[point] for point in of if point != "base"} for pool, of in finished[1]["pools"].items()}
+    assert summary["pools"] == without
+
+
 def test_points_of_their_own_are_not_evaluated_on_the_way(tmp_path):
     whole = problem()
     own = {name: point._replace(trained=False) for name, point in points(whole.algorithm).items()}

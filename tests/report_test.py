@@ -34,11 +34,14 @@ def write_run(
     rounds: int = 2,
     personal: Sequence[str] = ("personal",),
     shared: bool = True,
+    base: bool = True,
+    early: bool = False,
     **settings: Any,
 ) -> pathlib.Path:
     """A finished run of two rounds, written as `loop.run` writes it.
 
-    Clients hold a number for base, global and each of the `personal` points; without `shared` there is no global one.
+    Clients hold a number for base, global and each of the `personal` points; without `shared` there is no global one,
+    without `base` that was not evaluated. With `early`, points were evaluated before round 1 too, to other numbers.
     """
     workdir.mkdir()
     names = ["loss"] if metric == "loss" else ["loss", metric]
@@ -51,7 +54,7 @@ def write_run(
         | dict.fromkeys(names, 1.0 if test else NAN)
         | {metric: values[stage]}
         for stage, (name_of, (index, point)) in enumerate(points.items())
-        if name_of != "global" or (shared and rounds)
+        if (name_of != "global" or (shared and rounds)) and (name_of != "base" or base)
         for client, (name, (group, pool, train, test, majority, values)) in enumerate(clients.items())
     ]  # fmt: skip
     summary: dict[str, Any] = {"rounds": rounds, "pools": {}}
@@ -61,8 +64,10 @@ def write_run(
                 [row for row in rows if (row["pool"], row["round"], row["point"]) == (pool, *key)], names
             )
             for name, key in points.items()
-            if shared or name != "global"
+            if (shared or name != "global") and (base or name != "base")
         }
+    if early:
+        rows += [row | {"round": 1, metric: 0.125} for row in rows if row["point"] in personal]
     for index in range(rounds):
         line = {"round": index, "loss": 2.0 - index, "reported": 3, "tokens_per_second": 100.0, "padding_waste": 0.25}
         metrics.append_lines(workdir / "rounds.jsonl", [line])
@@ -95,6 +100,11 @@ def cells(printed: str) -> list[list[str]]:
     """The header and the rows of a printed table."""
     lines = [line for line in printed.splitlines() if line[:1] in "┃│" and line]
     return [[cell.strip() for cell in line.strip("┃│").replace("┃", "│").split("│")] for line in lines]
+
+
+def several_of(clients: dict[str, Any], personal: Sequence[str]) -> dict[str, Any]:
+    """Clients that end alike at every point."""
+    return {name: (*client, (*of[:2], *of[2:] * len(personal))) for name, (*client, of) in clients.items()}
 
 
 def shifted(change: float) -> dict[str, Any]:
@@ -295,6 +305,33 @@ def test_many_ways_have_a_table_a_budget_within_160_columns(tmp_path, capsys, mo
     assert sixteen[2] == ["A", "0.000", "0.010", "0.070", "0.080", "0.090", "0.100", "0.110"]
     assert len(budgets) == 2 + 5
     assert max(len(line) for line in printed.splitlines() if line[:1] in "┏│") <= 160
+
+
+@pytest.mark.parametrize("personal", [("personal",), ("lora r2", "lora r4")])
+def test_without_a_base_there_is_no_column_of_it(tmp_path, capsys, personal):
+    values = several_of(CLIENTS, personal)
+    for shared in (True, False):
+        report.show(write_run(tmp_path / f"{shared}", values, personal=personal, shared=shared, base=False))
+        header = cells(capsys.readouterr().out)[0]
+        assert "base" not in header and bool({"global", "fedit"} & set(header)) == shared
+        drawn = {path.stem for path in (tmp_path / f"{shared}" / "plots").iterdir()}
+        assert "clients" in drawn and ("gain" in drawn) == shared
+    runs = [write_run(tmp_path / str(seed), values, seed=seed, personal=personal, base=False) for seed in (1, 2)]
+    report.compare(runs)
+    assert not any(row[0] == "base" for row in cells(capsys.readouterr().out))
+    report.compare([tmp_path / "False"], tmp_path / "pictures")
+    header, first, *_ = cells(capsys.readouterr().out)
+    assert "before" not in header or first[header.index("before")] == "–"
+
+
+@pytest.mark.parametrize("personal", [("personal",), ("lora r2", "lora r4")])
+def test_points_on_the_way_are_in_no_table(tmp_path, capsys, personal):
+    printed = []
+    for early in (False, True):
+        run = write_run(tmp_path / f"{early}", several_of(CLIENTS, personal), personal=personal, early=early)
+        report.show(run)
+        printed.append(cells(capsys.readouterr().out))
+    assert printed[0] == printed[1]
 
 
 @pytest.mark.parametrize("rounds, shared", [(0, True), (2, False)])

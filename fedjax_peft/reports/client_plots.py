@@ -73,6 +73,11 @@ def dots(
     return picture
 
 
+def before(client: Outcome) -> str | None:
+    """The stage that a client was personalized from; where no model is shared, that is the base. None if not known."""
+    return next((stage for stage in ("global", "base") if stage in client.stages), None)
+
+
 def gain(clients: Sequence[Outcome], metric: str, title: str) -> figure.Figure:
     """What personalization changes for each client, against how much it has to learn from."""
     picture = figure.Figure(figsize=(6.5, 4.2))
@@ -81,9 +86,7 @@ def gain(clients: Sequence[Outcome], metric: str, title: str) -> figure.Figure:
     largest, handles = max(client.test for client in clients), []
     place = _across(panel, clients)
     for (color, marker), (pool, members) in zip(itertools.cycle(POOLS), _by("pool", clients).items(), strict=False):
-        # Some methods have no model that all clients share, so they start from the base.
-        before = "global" if "global" in members[0].stages else "base"
-        change = _values(members, "personal") - _values(members, before)
+        change = _values(members, "personal") - _values(members, before(members[0]))
         area = [12 + 188 * client.test / largest for client in members]
         panel.scatter(
             [place(client) for client in members], change, area, color=color, marker=marker, alpha=0.6, linewidth=0

@@ -57,17 +57,24 @@ def of_methods(methods: Mapping[str, list[finished.Run]]) -> tuple[list[str], li
 
 def _over_seeds(runs: Sequence[finished.Run], pool: str) -> list[str]:
     """Statistics of a pool: the mean before personalization; mean, deviation, pooled and worst tenth after it."""
-    wanted = [
-        (runs[0].before()[-1], "mean"),
-        *(("personal", name) for name in ("mean", "std", "pooled", "worst_10_percent")),
-    ]
-    return [_cell(run.pools[pool][point][run.metric][name] for run in runs) for point, name in wanted]
+    wanted = [(point, "mean") for point in runs[0].before()[-1:]]
+    wanted += [("personal", name) for name in ("mean", "std", "pooled", "worst_10_percent")]
+    cells = [_cell(run.pools[pool][point][run.metric][name] for run in runs) for point, name in wanted]
+    return cells if runs[0].before() else ["–", *cells]
 
 
 def _cell(values: Iterable[float]) -> str:
     """One number, or the mean of several and their sample deviation."""
     mean, deviation = finished.over_seeds(list(values))
     return f"{mean:.3f}" if deviation is None else f"{mean:.3f}±{deviation:.3f}"
+
+
+def _base(run: finished.Run) -> dict[str, dict[str, float]]:
+    """{pool: {group: score of the base}}, rounded: another chunk of clients may change the last digits."""
+    if "base" not in run.before():
+        return {}
+    groups = {pool: run.statistics(pool, "base")["groups"] for pool in run.pools}
+    return {pool: {group: round(value, 4) for group, value in of.items()} for pool, of in groups.items()}
 
 
 def of_points(methods: Mapping[str, list[finished.Run]]) -> tuple[list[str], list[list[Any]]]:
@@ -119,9 +126,7 @@ def _ways(methods: Mapping[str, list[finished.Run]]) -> dict[str, tuple[list[fin
     found: list[tuple[str, str, list[finished.Run]]] = []
     bases: list[dict[str, Any]] = []
     for label, members in methods.items():
-        # Rounded, because another chunk of clients may change the last digits.
-        groups = {pool: members[0].statistics(pool, "base")["groups"] for pool in members[0].pools}
-        base = {pool: {group: round(value, 4) for group, value in of.items()} for pool, of in groups.items()}
+        base = _base(members[0])
         for point in (*members[0].before(), *members[0].points):
             if point != "base" or base not in bases:
                 found.append((label, point, members))

@@ -30,9 +30,9 @@ class Run(NamedTuple):
         return found | {"over_groups": float(np.mean(list(found["groups"].values())))}
 
     def before(self) -> tuple[str, ...]:
-        """Points before personalization. Without rounds the global model is the base, and some methods have none."""
-        has_global = self.rounds and "global" in next(iter(self.pools.values()))
-        return ("base", "global") if has_global else ("base",)
+        """Points before personalization that there are. Without rounds the global model is the base."""
+        known = next(iter(self.pools.values()))
+        return tuple(point for point in ("base", "global")[: 2 if self.rounds else 1] if point in known)
 
 
 def read(workdir: epath.PathLike) -> Run:

@@ -43,7 +43,7 @@ def write(
     total: int,
     point: str = "personal",
 ) -> None:
-    """Writes clients.png, gain.png and, of a run of rounds, curves.png.
+    """Writes clients.png, gain.png where clients were evaluated before too, and, of a run of rounds, curves.png.
 
     Args:
       folder: made if it does not exist.
@@ -60,8 +60,9 @@ def write(
     with matplotlib.rc_context(STYLE):
         pictures = {
             "clients": client_plots.dots(clients, algorithm, metric, title, personal),
-            "gain": client_plots.gain(clients, metric, title if point == "personal" else point),
         }
+        if any(client_plots.before(client) for client in clients):
+            pictures["gain"] = client_plots.gain(clients, metric, title if point == "personal" else point)
         # A method that never trains in rounds has no curves.
         if total or point == "personal":
             pictures["curves"] = curves(rounds, rows, metric, title, total, point)
@@ -99,7 +100,7 @@ def write_budgets(
                 pictures["distances"] = rank_plots.distances(kept, budget, title)
         if len({at for of in scores.values() for _, at in of if at}) > 1:
             panels = {pool: rank_plots.curves(of) for pool, of in scores.items()}
-            bases = {pool: of["base", None] for pool, of in scores.items()}
+            bases = {pool: of.get(("base", None), np.nan) for pool, of in scores.items()}
             pictures["budgets"] = rank_plots.against_budget(panels, bases, metric)
         _save(folder, pictures)
 
@@ -239,10 +240,10 @@ def _evaluations(panel: axes.Axes, rows: Iterable[Mapping], metric: str, total: 
     styles = zip(itertools.cycle(client_plots.POOLS), scores.items(), strict=False)
     for shift, ((color, marker), (pool, of)) in enumerate(styles, 1):
         index = sorted(at for name, at in of if name == "global")
-        low, mean, high = np.transpose([_spread(of["global", at]) for at in index])
+        low, mean, high = np.reshape([_spread(of["global", at]) for at in index], (-1, 3)).T
         style = {"color": color, "marker": marker}
         label = pool if len(index) > 1 else f"{pool}, base"
-        panel.plot(index, mean, markersize=3.5, label=label, **style)
+        panel.plot(index, mean, markersize=3.5, label=label if index else None, **style)
         panel.fill_between(index, low, high, color=color, alpha=0.15, linewidth=0)
         if len(early := sorted(at for name, at in of if name == point)) > 1:
             panel.plot(early, [np.mean(of[point, at]) for at in early], color=color, linestyle="--", linewidth=1)

@@ -135,7 +135,7 @@ def against_budget(panels: Mapping[str, Mapping[str, Curve]], bases: Mapping[str
 
     Args:
       panels: {pool: {method: curve}}.
-      bases: {pool: mean over groups before personalization}.
+      bases: {pool: mean over groups before personalization}, NaN where that is not known.
       metric: name for the axis.
     """
     picture = figure.Figure(figsize=(1.4 + 3.0 * len(panels), 3.5))
@@ -143,7 +143,8 @@ def against_budget(panels: Mapping[str, Mapping[str, Curve]], bases: Mapping[str
     methods = list(dict.fromkeys(method for of in panels.values() for method in of))
     budgets = sorted({int(budget) for of in panels.values() for curve in of.values() for budget in curve.budgets})
     for panel, (pool, of) in zip(grid, panels.items(), strict=True):
-        panel.axhline(bases[pool], color="0.45", linestyle="--", linewidth=1, label="base")
+        if np.isfinite(bases[pool]):
+            panel.axhline(bases[pool], color="0.45", linestyle="--", linewidth=1, label="base")
         for method, curve in of.items():
             place = methods.index(method)
             color, marker = METHODS[place % len(METHODS)]

@@ -36,7 +36,7 @@ def show(workdir: epath.PathLike) -> None:
             for points in finished.side_by_side(run.points, COLUMNS["one"]):
                 console.table(f"{title}: {pool} clients", *_table_of_points(run, last, pool, points))
         if any(finished.split(point)[1] for point in run.points):
-            console.table(f"{_title(run.metric)}, mean over groups", *_table_of_budgets(run))
+            console.table(f"{_title(run.metric)}, mean over groups", *_table_compared(run))
     _draw(run, rows)
     print(f"all results are in {run.workdir}, pictures in {run.workdir / 'plots'}")
 
@@ -127,7 +127,7 @@ def _draw(run: finished.Run, rows: Sequence[Mapping[str, Any]]) -> None:
     if not budgets:
         return
     scores = {
-        pool: {finished.split(point): run.statistics(pool, point)["over_groups"] for point in ("base", *run.points)}
+        pool: {finished.split(point): run.statistics(pool, point)["over_groups"] for point in _compared(run)}
         for pool in run.pools
     }
     # The smallest budget shows most: ranks that it keeps are kept at every larger one too.
@@ -143,7 +143,7 @@ def _table_of_points(
     """
     members = [row for row in rows if (row["pool"], row["point"]) == (pool, points[0])]
     columns = {point: run.statistics(pool, point) for point in (*run.before(), *points)}
-    groups = list(columns["base"]["groups"])
+    groups = list(run.statistics(pool, points[0])["groups"])
     counts: list[str] = []
     if len(points) <= ROOM:
         counts = ["train", "test"]
@@ -178,15 +178,22 @@ def _untrained(run: finished.Run, pool: str) -> dict[str, Any]:
     return {"untrained": statistics | {"over_groups": float(np.mean(list(statistics["groups"].values())))}}
 
 
-def _table_of_budgets(run: finished.Run) -> tuple[list[str], list[list[Any]]]:
+def _compared(run: finished.Run) -> tuple[str, ...]:
+    """The base where it was evaluated, and the points."""
+    return (*run.before()[: "base" in run.before()], *run.points)
+
+
+def _table_compared(run: finished.Run) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows: a row a pool and method, a column a budget; means over groups."""
     ways = [finished.split(point) for point in run.points]
     budgets = sorted({budget for _, budget in ways if budget}) + [None] * any(budget is None for _, budget in ways)
     table = []
     for pool in run.pools:
-        of = {finished.split(point): run.statistics(pool, point)["over_groups"] for point in ("base", *run.points)}
+        of = {finished.split(point): run.statistics(pool, point)["over_groups"] for point in _compared(run)}
         for method in dict.fromkeys(method for method, _ in ways):
-            table.append([method, pool, of["base", None], *(of.get((method, budget), "–") for budget in budgets)])
+            table.append(
+                [method, pool, of.get(("base", None), "–"), *(of.get((method, budget), "–") for budget in budgets)]
+            )
     return ["method", "pool", "base", *(f"r{budget}" if budget else "no budget" for budget in budgets)], table
 
 
