@@ -230,6 +230,16 @@ def test_targets_are_the_answer_and_inputs_choose_what_predicts_it():
         check_answers(item.inputs, item.labels, item.weights, answers)
 
 
+@pytest.mark.parametrize("longest, width, length", [(3, 40, 3), (16, 40, 16), (17, 40, 32), (33, 40, 40)])
+def test_long_answers_share_lengths(longest, width, length):
+    ends = np.array([0, longest + 2, longest + 5])
+    tokens = np.arange(ends[-1], dtype=np.int32)
+    store = federated.build(federated.Encoded(tokens, None, ends, prompts=np.array([2, 2])), {}, [np.array([0, 1])])
+    batch = draw(store, [0], batch=2, steps=1, widths=(width,))
+    assert batch.labels["targets"].shape[-1] == batch.inputs["chosen"].shape[-1] == length
+    assert sorted((batch.labels["targets"][0, 0] >= 0).sum(-1)) == [1, longest]
+
+
 def test_cutting_inputs_to_a_width_keeps_all_targets():
     store, _, answers = prompted((40, 3), seed=1)
     batch = draw(store, [0], batch=4, steps=10, widths=(8, 12, 24), group_by_length=True)

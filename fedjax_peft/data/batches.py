@@ -1,7 +1,7 @@
 """Padded batches out of a store: what a cohort trains on in a round, and every example once for evaluation.
 
     N clients   M examples   C cohort slots   S local steps   B examples of a batch   T tokens   I items
-    P tokens of the longest answer of a store, or of all answers to a prompt, T at most
+    P tokens of the longest answer of a store, or of all answers to a prompt, a multiple of COARSE above it; T at most
 
 What a client trains on in a round is a pure function of (seed, round, client id). It never depends on the
 slot that the client sits in or on who else is in the cohort.
@@ -20,6 +20,8 @@ import numpy as np
 
 from fedjax_peft.data import federated
 from fedjax_peft.types import Batches
+
+COARSE = 16  # longer answers share lengths, so that other draws of the data need no other programs
 
 
 class Items(NamedTuple):
@@ -243,7 +245,8 @@ def _gather(
     labels = federated.map_labels(select, store.labels)
     if store.prompts is not None:
         first = np.append(store.prompts, 0)[rows][..., None]
-        at = np.arange(min(int((counts - store.prompts).max(initial=0)), width))
+        longest = int((counts - store.prompts).max(initial=0))
+        at = np.arange(min(longest if longest <= COARSE else -(-longest // COARSE) * COARSE, width))
         answer = at < ends - first
         spot = store.token_offsets[rows][..., None] + first + at
         labels = {**labels, "targets": np.where(answer, store.tokens.take(spot, mode="clip"), np.int32(-1))}
