@@ -246,10 +246,9 @@ def _train(
         seed=config.seed,
         total=config.rounds,
         chunk=config.run.chunk or None,
-        evaluate_every=config.evaluate.every,
-        evaluate_base=config.evaluate.base,
-        evaluate_end=last and config.evaluate.end,
-        evaluate_points=config.evaluate.points,
+        evaluations=loop.Evaluations(
+            config.evaluate.every, config.evaluate.base, last and config.evaluate.end, config.evaluate.points
+        ),
         checkpoint_every=config.run.checkpoint_every,
         keep_checkpoints=config.run.keep_checkpoints,
         population_folder=config.run.population,

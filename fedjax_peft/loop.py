@@ -59,6 +59,15 @@ class Point(NamedTuple):
     trained: bool = True  # whether it reads the run's server and clients; otherwise fresh ones of its own
 
 
+class Evaluations(NamedTuple):
+    """What is evaluated when; points in the end always are."""
+
+    every: int | None  # rounds between two evaluations of the server's model; None: it is never evaluated
+    base: bool = True  # whether the model before round 0 is
+    end: bool = True  # whether the model after the last round is, beside the points
+    points: bool = False  # whether points are on the way too, as if the run ended there; only those that are trained
+
+
 class Clients(NamedTuple):
     """Who takes part, and with which data. All functions are pure; ids are padded with N."""
 
@@ -115,10 +124,7 @@ def run(
     seed: int,
     total: int,
     chunk: int | None,
-    evaluate_every: int | None,
-    evaluate_base: bool = True,
-    evaluate_end: bool = True,
-    evaluate_points: bool = False,
+    evaluations: Evaluations,
     checkpoint_every: int,
     keep_checkpoints: int,
     population_folder: str | None = None,
@@ -131,12 +137,7 @@ def run(
       seed: of everything random that happens on the device.
       total: rounds of the whole run.
       chunk: clients that a device works on at once; None measures a few and takes the fastest.
-      evaluate_every, checkpoint_every: rounds between two of them; the last round has both. None evaluates only the
-        points.
-      evaluate_base: whether the model before round 0 is evaluated too.
-      evaluate_end: whether the last round is evaluated too, beside its points.
-      evaluate_points: whether earlier evaluations show its points too, as if the run ended there; those alone that read
-        what it has trained.
+      checkpoint_every: rounds between two checkpoints; there is one after the last round.
       keep_checkpoints: how many of the newest checkpoints stay.
       population_folder: of a local disk, where the states of clients lie while the run goes on; None is in memory.
       begin: told of each stage as it begins, see `processes.watchdog`.
@@ -162,30 +163,29 @@ def run(
     chunk = chunk or _fastest_chunk(problem, clients, workdir, server, people, root)
     fresh = functools.partial(_begin, mesh=mesh, root=root, clients=len(clients.names))
     judge = judging.make_judge(problem, clients, workdir, fresh, chunk=chunk, root=root)
-    now = {"global": Point(algorithm, clients.nothing)}
-    early = {name: point for name, point in points.items() if evaluate_points and point.trained}
-    # A method that trains no model of its own has nothing to show beside the base of round 0 and its points.
-    shows = evaluate_every and evaluate_end and (algorithm.shared or total == 0)
-    ends = (now if shows else {}) | dict(points)
+    early = {name: point for name, point in points.items() if evaluations.points and point.trained}
+
+    def shown(index):
+        """The server's model, of a method that trains one of its own, or in round 0 the base."""
+        wanted = evaluations.base if index == 0 else algorithm.shared and (index < total or evaluations.end)
+        return {"global": Point(algorithm, clients.nothing)} if evaluations.every and wanted else {}
+
+    def due(index):
+        return {} if not evaluations.every or index % evaluations.every else shown(index) | early
+
+    ends = shown(total) | dict(points)
     with processes.stop_signals() as stop:
         going = _Going(problem, clients, people, workdir, checkpoints, judge, root, total, chunk, traffic, begin, stop)
-        server = _play(going, server, start, now, early, evaluate_every, evaluate_base, checkpoint_every)
+        server = _play(going, server, start, due, checkpoint_every)
         _end(going, server, ends)
     begin("the summary")
     return _summarize(workdir, list(ends))
 
 
 def _play(
-    going: _Going,
-    server: PyTree,
-    start: int,
-    now: Mapping[str, Point],
-    early: Mapping[str, Point],
-    evaluate_every: int | None,
-    evaluate_base: bool,
-    checkpoint_every: int,
+    going: _Going, server: PyTree, start: int, due: Callable[[int], Mapping[str, Point]], checkpoint_every: int
 ) -> PyTree:
-    """Plays the rounds from `start` on, with evaluations of `now` and `early` before some of them: the last server."""
+    """Plays the rounds from `start` on, with evaluations of what is `due` before them: the last server."""
     (mesh, algorithm, *_), clients, people, total = going.problem, going.clients, going.people, going.total
     step = rounds.make_round(algorithm, mesh, going.chunk)
     slots = rounds.slots_for(len(clients.sample(0)), mesh, going.chunk)
@@ -221,10 +221,9 @@ def _play(
 
         ahead, before = prepare(start), np.zeros(0, np.int32)
         for index in range(start, total):
-            shown = dict(now if (algorithm.shared if index else evaluate_base) else {}) | dict(early)
-            if evaluate_every and index % evaluate_every == 0 and shown:
+            if points := due(index):
                 with between_rounds(f"the evaluation before round {index}"):
-                    going.judge(server, people, index, shown)
+                    going.judge(server, people, index, points)
             going.begin(f"round {index}")
             inputs = ahead.result()
             arguments = _arguments(inputs, people, mesh, before)

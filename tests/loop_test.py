@@ -79,7 +79,7 @@ def _none(server):
 
 
 def run(workdir, people=None, broken=(), total=ROUNDS, **settings):
-    speed = {"chunk": 2, "evaluate_every": 2, "checkpoint_every": 2, "keep_checkpoints": 2} | settings
+    speed = {"chunk": 2, "evaluations": loop.Evaluations(2), "checkpoint_every": 2, "keep_checkpoints": 2} | settings
     whole = problem(broken)
     return loop.run(whole, people or clients(), points(whole.algorithm), workdir, seed=0, total=total, **speed)
 
@@ -117,7 +117,7 @@ def test_rows_hold_every_client_and_point(finished):
 
 
 def test_points_on_the_way_are_shown_on_demand_and_change_nothing(finished, tmp_path):
-    summary = run(tmp_path, evaluate_points=True)
+    summary = run(tmp_path, evaluations=loop.Evaluations(2, points=True))
     assert summary == finished[1]
     rows, plain = (metrics.read_rows(workdir / "clients.parquet") for workdir in (tmp_path, finished[0]))
     early = [row for row in rows if row["point"] == "personal" and row["round"] < ROUNDS]
@@ -127,7 +127,7 @@ def test_points_on_the_way_are_shown_on_demand_and_change_nothing(finished, tmp_
 
 
 def test_the_base_is_evaluated_on_demand(finished, tmp_path):
-    summary = run(tmp_path, evaluate_base=False)
+    summary = run(tmp_path, evaluations=loop.Evaluations(2, base=False))
     rows, plain = (metrics.read_rows(workdir / "clients.parquet") for workdir in (tmp_path, finished[0]))
     assert rows == [row for row in plain if row["round"] > 0]
     without = {pool: {point: of[point] for point in of if point != "base"} for pool, of in finished[1]["pools"].items()}
@@ -137,8 +137,9 @@ def test_the_base_is_evaluated_on_demand(finished, tmp_path):
 def test_points_of_their_own_are_not_evaluated_on_the_way(tmp_path):
     whole = problem()
     own = {name: point._replace(trained=False) for name, point in points(whole.algorithm).items()}
-    speed = {"chunk": 2, "evaluate_every": 1, "checkpoint_every": 2, "keep_checkpoints": 2, "evaluate_points": True}
-    loop.run(whole, clients(), own, tmp_path, seed=0, total=2, **speed)
+    speed = {"chunk": 2, "checkpoint_every": 2, "keep_checkpoints": 2}
+    evaluations = loop.Evaluations(1, points=True)
+    loop.run(whole, clients(), own, tmp_path, seed=0, total=2, evaluations=evaluations, **speed)
     rows = metrics.read_rows(tmp_path / "clients.parquet")
     assert {row["round"] for row in rows if row["point"] == "personal"} == {2}
 
@@ -186,7 +187,7 @@ def test_a_host_step_follows_every_round(tmp_path):
         return server.replace(round=server.round + 10)
 
     given = given._replace(algorithm=given.algorithm._replace(host_step=host_step))
-    speed = {"chunk": 2, "evaluate_every": 2, "checkpoint_every": 2, "keep_checkpoints": 2}
+    speed = {"chunk": 2, "evaluations": loop.Evaluations(2), "checkpoint_every": 2, "keep_checkpoints": 2}
     loop.run(given, clients(), points(given.algorithm), tmp_path, seed=0, total=2, **speed)
     server, _ = loop.final(given.algorithm, given.mesh, CLIENTS, tmp_path)
     assert int(server.round) == 32

@@ -290,7 +290,14 @@ def test_a_run_learns_to_find_answers_and_pools_questions(tmp_path):
     )
     mesh = rounds.make_mesh(1)
     problem = loop.Problem(mesh, method, loaded.model, task, rounds.shard_base(loaded.base, mesh))
-    settings = {"seed": 0, "total": 6, "chunk": 3, "evaluate_every": 6, "checkpoint_every": 6, "keep_checkpoints": 1}
+    settings = {
+        "seed": 0,
+        "total": 6,
+        "chunk": 3,
+        "evaluations": loop.Evaluations(6),
+        "checkpoint_every": 6,
+        "keep_checkpoints": 1,
+    }
     summary = loop.run(problem, clients, {"personal": loop.Point(method, nothing)}, tmp_path / "run", **settings)
     before, after = (summary["pools"]["seen"][point] for point in ("base", "personal"))
     assert after["loss"]["mean"] < before["loss"]["mean"] / 2

@@ -76,7 +76,7 @@ def measure(clients: int, folder: str | None, *, cohort: int, rounds: int, kilob
             seed=0,
             total=rounds,
             chunk=1,
-            evaluate_every=None,
+            evaluations=loop.Evaluations(every=None),
             checkpoint_every=every,
             keep_checkpoints=2,
             population_folder=str(workdir / "scratch"),
