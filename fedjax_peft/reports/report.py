@@ -105,7 +105,8 @@ def compare(workdirs: Sequence[epath.PathLike], pictures: epath.PathLike | None 
 
 
 def _title(metric: str) -> str:
-    return metric.replace("_", " ").capitalize()
+    words = metric.replace("_", " ")
+    return words[:1].upper() + words[1:]
 
 
 def _draw(run: finished.Run, rows: Sequence[Mapping[str, Any]]) -> None:
