@@ -180,6 +180,17 @@ def test_seeds_of_an_experiment_are_averaged(tmp_path, capsys):
     ]
 
 
+def test_what_is_evaluated_when_sets_no_runs_apart(tmp_path, capsys):
+    fewer = {"seed": 1, "base": False, "shared": False, "evaluate": {"base": False, "end": False, "every": 1}}
+    report.compare([write_run(tmp_path / "0"), write_run(tmp_path / "1", **fewer)])
+    rows = cells(capsys.readouterr().out)[1:]
+    assert [row[:5] for row in rows] == [["fedit", "seen", "2", "3", "–"], ["fedit", "unseen", "2", "1", "–"]]
+    report.compare(
+        [write_run(tmp_path / f"{seed}", SEVERAL, personal=WAYS, **more) for seed, more in ((2, {}), (3, fewer))]
+    )
+    assert [row[0] for row in cells(capsys.readouterr().out)[1:5]] == list(WAYS)
+
+
 def test_seeds_of_the_data_are_seeds(tmp_path, capsys):
     runs = [
         write_run(tmp_path / str(seed), seed=seed, sha256=str(seed), data={"name": "a", "partition": {"seed": seed}})

@@ -57,10 +57,11 @@ def of_methods(methods: Mapping[str, list[finished.Run]]) -> tuple[list[str], li
 
 def _over_seeds(runs: Sequence[finished.Run], pool: str) -> list[str]:
     """Statistics of a pool: the mean before personalization; mean, deviation, pooled and worst tenth after it."""
-    wanted = [(point, "mean") for point in runs[0].before()[-1:]]
+    before = _before(runs)
+    wanted = [(point, "mean") for point in before[-1:]]
     wanted += [("personal", name) for name in ("mean", "std", "pooled", "worst_10_percent")]
     cells = [_cell(run.pools[pool][point][run.metric][name] for run in runs) for point, name in wanted]
-    return cells if runs[0].before() else ["–", *cells]
+    return cells if before else ["–", *cells]
 
 
 def _cell(values: Iterable[float]) -> str:
@@ -69,11 +70,16 @@ def _cell(values: Iterable[float]) -> str:
     return f"{mean:.3f}" if deviation is None else f"{mean:.3f}±{deviation:.3f}"
 
 
-def _base(run: finished.Run) -> dict[str, dict[str, float]]:
+def _before(runs: Sequence[finished.Run]) -> list[str]:
+    """Points before personalization that all runs have."""
+    return [point for point in runs[0].before() if all(point in run.before() for run in runs)]
+
+
+def _base(runs: Sequence[finished.Run]) -> dict[str, dict[str, float]]:
     """{pool: {group: score of the base}}, rounded: another chunk of clients may change the last digits."""
-    if "base" not in run.before():
+    if "base" not in _before(runs):
         return {}
-    groups = {pool: run.statistics(pool, "base")["groups"] for pool in run.pools}
+    groups = {pool: runs[0].statistics(pool, "base")["groups"] for pool in runs[0].pools}
     return {pool: {group: round(value, 4) for group, value in of.items()} for pool, of in groups.items()}
 
 
@@ -126,8 +132,8 @@ def _ways(methods: Mapping[str, list[finished.Run]]) -> dict[str, tuple[list[fin
     found: list[tuple[str, str, list[finished.Run]]] = []
     bases: list[dict[str, Any]] = []
     for label, members in methods.items():
-        base = _base(members[0])
-        for point in (*members[0].before(), *members[0].points):
+        base = _base(members)
+        for point in (*_before(members), *members[0].points):
             if point != "base" or base not in bases:
                 found.append((label, point, members))
         bases.append(base)

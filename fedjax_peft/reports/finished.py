@@ -10,6 +10,8 @@ from flax import traverse_util
 
 from fedjax_peft import manifest, metrics, summaries
 
+SHOWN = ("evaluate.every", "evaluate.base", "evaluate.end", "evaluate.points")
+
 
 class Run(NamedTuple):
     """A finished run directory."""
@@ -17,7 +19,7 @@ class Run(NamedTuple):
     workdir: epath.Path
     name: str  # of its method: `run.title`, or the algorithm's
     base: epath.Path  # the directory of stage 1, if there was one
-    experiment: dict[str, Any]  # config with dotted keys
+    experiment: dict[str, Any]  # its `settings`
     sha256: dict[str, str]
     rounds: int
     pools: dict[str, Any]  # of summary.json: pool -> point -> statistics
@@ -53,7 +55,7 @@ def read(workdir: epath.PathLike) -> Run:
             f"workdir {workdir} has no personalized clients: summary.json has no point but base and global"
         )
     metric = summaries.headline(first[points[0]])
-    experiment = traverse_util.flatten_dict(found["experiment"], sep=".")
+    experiment = settings(found)
     base = epath.Path(found["run"].get("base_workdir") or workdir / "base")
     return Run(
         workdir, name_of(found), base, experiment, found["sha256"], summary["rounds"], summary["pools"], metric, points
@@ -68,6 +70,12 @@ def ended(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]
 def name_of(written: Mapping[str, Any]) -> str:
     """What tables call the method of a run with this manifest."""
     return written["run"].get("title") or written["experiment"]["algorithm"]["name"]
+
+
+def settings(written: Mapping[str, Any]) -> dict[str, Any]:
+    """The experiment of a manifest with dotted keys, but for what is evaluated when, which changes no result."""
+    flat = traverse_util.flatten_dict(written["experiment"], sep=".")
+    return {key: value for key, value in flat.items() if key not in SHOWN}
 
 
 def seeds(experiment: Mapping[str, Any]) -> dict[str, Any]:

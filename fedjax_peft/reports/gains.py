@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
-from flax import traverse_util
 
 from fedjax_peft import console, manifest, metrics, summaries
 from fedjax_peft.reports import comparison, finished
@@ -112,7 +111,7 @@ def _read(workdir: epath.Path) -> _Run:
     metric = summaries.headline(next(iter(points.values())))
     if metric in summaries.LESS_IS_BETTER:
         raise ValueError(f"gains are of a metric of which more is better, but that of {workdir} is {metric}")
-    settings = traverse_util.flatten_dict(written["experiment"], sep=".")
+    settings = finished.settings(written)
     data = {key: settings.pop(key) for key in sorted(settings) if key.startswith("data.")}
     kept = [key for key in data if key != "data.aux" and key not in finished.seeds(data)]
     scenario = ", ".join(f"{key.removeprefix('data.')}={data[key]}" for key in kept)
