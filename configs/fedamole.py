@@ -45,8 +45,73 @@ the other in one shared model; nor is the noise on embeddings, which is off in t
 `dp="reference"` draws once instead of anew at each read. Their -H and -S ablations were not released: `router="linear"`
 and `shared_expert=False` are ours, and so is the wording of FedPrompt's prompts.
 
-Published (second hand): +5.97 % on average over the seven scenarios, of which no cell is public. Results of the small
-version are still to be measured.
+Published (second hand): +5.97 % on average over the seven scenarios, of which no cell is public. The small version, by
+commands as above with `--config.seed=S --config.data.seed=S` for S of 42, 62 and 82 (two to ten minutes a run on one
+CPU core, jax 0.10.2): accuracy of `snli_1`, ROUGE-L of the others, in %, mean over clients, mean ± sample deviation
+over seeds, and in brackets how many there are where they are fewer:
+
+                                   snli_1                ni             flan1             flan2
+    base                       35.9 ± 3.2           7.2 (1)        17.3 ± 3.4        12.2 ± 1.4
+    FedIT                      36.9 ± 1.9          28.4 (1)        46.1 ± 4.2        34.3 ± 3.3
+    FedIT-FT                   58.4 ± 8.3          27.2 (1)        46.4 ± 3.2        36.1 ± 3.6
+    FedIT-FT, matched          55.9 ± 9.9          27.1 (1)        51.2 ± 3.9        35.4 ± 7.1
+    FedPrompt                  33.1 ± 5.5          13.8 (1)        44.0 ± 2.7        29.6 ± 1.9
+    FedPrompt-FT               50.0 ± 3.2          21.8 (1)        33.4 ± 5.0        31.0 ± 6.9
+    FedPTuning                 33.6 ± 4.7          13.6 (1)        35.1 ± 3.7        26.3 ± 9.5
+    FedPTuning-FT             45.0 ± 13.6          16.7 (1)        29.0 ± 1.9        34.9 ± 2.2
+    FDLoRA                    53.1 ± 10.1          29.5 (1)        49.3 ± 1.8        34.1 ± 3.7
+    FedAMoLE                  55.8 ± 10.2          32.2 (1)        47.9 ± 5.9        37.3 ± 3.8
+    most frequent label       60.7
+
+Step sizes were chosen by exact matches on `flan2` after two rounds with seed 7: of 5e-4, 2e-3 and 5e-3 for FedIT (.22,
+.30, .31) and FedAMoLE (.22, .28, .25), both 2e-3 as then all LoRAs (a third less loss than FedIT's 5e-3); of 3e-3, 1e-2
+and 3e-2 for FedPrompt (.20, .20, .17); of 2e-4, 7e-4, 2e-3 and 5e-3 for FedPTuning (.09, .09, .18, .16).
+
+To be read with care: clients have 30 tests (`snli_1`) or 8, and 25 examples a client teach a form of answer and which
+answers are frequent, little more. On `snli_1` nothing comes to a client's most frequent label, and local steps win that
+label alone. FedAMoLE is the best of all on `flan2` and on what there is of `ni`, behind the matched LoRA and FDLoRA on
+`flan1`, behind FedIT-FT and the matched LoRA on `snli_1`. Differences to FedIT-FT by seed: -7.0, -1.0, +0.0 (snli_1);
++3.3, +3.0, -1.6 (flan1); +1.2, +0.9, +1.6 (flan2). To the LoRA of as many parameters: -5.7, +0.0, +5.3; -3.7, +1.4,
+-7.6; +5.7, +0.9, -0.9. To FDLoRA: -2.0, +2.3, +7.7; +4.2, +2.0, -10.1; -4.5, +4.9, +9.1. Of these nine only the
+differences to FedIT-FT on `flan2` have one sign, and they are one point. The three averages over `snli_1`, `flan1` and
+`flan2` (`fedjax-peft gains`): -4.6, -6.4 and +3.4 % by scenario, -2.5 % on average; -1.6 % over both FLAN sets; -1.0 %
+of the means over all, against the matched LoRA. So these runs do not show the published gain; they are too short to. A
+rate that teaches answers in 25 examples is too large for losses: that of FedIT's mean is .81 and 1.17 on `flan1` and
+`flan2`, FDLoRA's .78 and 1.14, FedAMoLE's .98 and 1.28, FedIT-FT's 1.00 and 1.21.
+
+Mean over seeds of each client (those of `snli_1` differ between seeds):
+
+    flan1                         base     FedIT       -FT   matched Prompt-FT   PTun-FT    FDLoRA  FedAMoLE
+    cola                           6.8      41.7      58.3      58.3      37.5      34.2      66.7      58.3
+    definite_pronoun_resolut      19.8      36.7      48.0      54.2      33.1      17.7      47.1      44.5
+    fix_punct                     40.8      75.4      84.8      73.8      49.7      29.6      80.5      87.4
+    glue_qqp                       9.1      45.8      54.2      58.3      48.4      46.2      41.7      54.2
+    snli                          26.6      37.5      37.5      45.8      41.7      27.6      45.8      45.8
+    trec                           4.8      33.3      20.8      20.8       8.3      18.8      29.2      20.8
+    web_nlg_en                    20.5      36.1      33.8      40.2      24.6      25.9      33.0      39.2
+    wic                            9.9      62.5      33.3      58.3      23.7      32.1      50.0      33.3
+
+    flan2                         base     FedIT       -FT   matched Prompt-FT   PTun-FT    FDLoRA  FedAMoLE
+    arc_easy                      21.4      43.8      25.8      25.1      26.8      36.1      39.6      28.6
+    bool_q                         4.6      58.3      50.0      33.3      41.7      62.5      29.2      37.5
+    gigaword                       7.0      17.9      14.5       9.9      12.7       7.6      13.3      14.9
+    hellaswag                     17.7      28.8      29.6      25.5      31.8      34.0      41.2      30.8
+    paws_wiki                     13.9      29.2      41.7      33.3      33.3      48.1      33.3      41.7
+    qnli                          13.5      50.0      54.2      54.2      50.0      38.9      50.0      45.8
+    sentiment140                  10.0      37.5      54.2      54.2      37.5      37.5      54.2      58.3
+    word_segment                   9.3       9.3      18.6      47.3      14.1      14.4      12.0      40.6
+
+    ni                            base     FedIT       -FT   matched Prompt-FT   PTun-FT    FDLoRA  FedAMoLE
+    quoref_answer_generation       1.0      31.2       8.3       0.0      15.6       3.2      20.8      33.3
+    commonsenseqa_answer_gen       0.0      37.5      37.5      37.5      33.3      21.9      37.5      37.5
+    evalution_relation_extra      19.0      49.5      40.8      39.2      18.1      34.1      60.6      43.2
+    samsum_summary/0              17.6      15.4      21.6      29.2      15.2      14.3      16.8      35.8
+    diplomacy_text_generatio       7.1       6.0      10.9       8.5       7.9       9.7       4.8      10.0
+    sentiment140_classificat       4.7      25.0      12.5      12.5      17.5       3.5      75.0      12.5
+    personachat_generate_nex       8.5      13.5      15.1      10.4       8.2       5.8      14.1      12.0
+    outcome_extraction/0           8.7      66.1      62.5      62.5      37.5      11.2      15.6      62.5
+    sst2_polarity_classifica       1.4      37.5      62.5      62.5      63.6      56.2      37.5      62.5
+    sciq_answer_generation/0       4.4       2.8       0.0       8.3       1.4       7.0      12.5      12.5
 """
 
 from fedjax_peft import experiment
