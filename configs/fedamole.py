@@ -64,7 +64,7 @@ over seeds, and in brackets how many there are where they are fewer:
     most frequent label       60.7
 
 Step sizes were chosen by exact matches on `flan2` after two rounds with seed 7: of 5e-4, 2e-3 and 5e-3 for FedIT (.22,
-.30, .31) and FedAMoLE (.22, .28, .25), both 2e-3 as then all LoRAs (a third less loss than FedIT's 5e-3); of 3e-3, 1e-2
+.30, .31) and FedAMoLE (.22, .28, .25), both 2e-3 as then all LoRAs (a quarter less loss than 5e-3); of 3e-3, 1e-2
 and 3e-2 for FedPrompt (.20, .20, .17); of 2e-4, 7e-4, 2e-3 and 5e-3 for FedPTuning (.09, .09, .18, .16).
 
 To be read with care: clients have 30 tests (`snli_1`) or 8, and 25 examples a client teach a form of answer and which
