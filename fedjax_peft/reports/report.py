@@ -36,7 +36,7 @@ def show(workdir: epath.PathLike) -> None:
             for points in finished.side_by_side(run.points, COLUMNS["one"]):
                 console.table(f"{title}: {pool} clients", *_table_of_points(run, last, pool, points))
         if any(finished.split(point)[1] for point in run.points):
-            console.table(f"{_title(run.metric)}, mean over groups", *_table_compared(run))
+            console.table(f"{_title(run.metric)}, mean over groups", *_table_of_budgets(run))
     _draw(run, rows)
     print(f"all results are in {run.workdir}, pictures in {run.workdir / 'plots'}")
 
@@ -127,10 +127,7 @@ def _draw(run: finished.Run, rows: Sequence[Mapping[str, Any]]) -> None:
     budgets = [budget for other, budget in map(finished.split, run.points) if budget and other == method]
     if not budgets:
         return
-    scores = {
-        pool: {finished.split(point): run.statistics(pool, point)["over_groups"] for point in _compared(run)}
-        for pool in run.pools
-    }
+    scores = {pool: _over_groups(run, pool) for pool in run.pools}
     # The smallest budget shows most: ranks that it keeps are kept at every larger one too.
     plots.write_budgets(folder, strategies, scores, method=method, budget=min(budgets), metric=run.metric)
 
@@ -179,18 +176,19 @@ def _untrained(run: finished.Run, pool: str) -> dict[str, Any]:
     return {"untrained": statistics | {"over_groups": float(np.mean(list(statistics["groups"].values())))}}
 
 
-def _compared(run: finished.Run) -> tuple[str, ...]:
-    """The base where it was evaluated, and the points."""
-    return (*run.before()[: "base" in run.before()], *run.points)
+def _over_groups(run: finished.Run, pool: str) -> dict[tuple[str, int | None], float]:
+    """{(method, budget): mean over groups} of all points, and of the base where it was evaluated."""
+    points = [point for point in (*run.before(), *run.points) if point != "global"]
+    return {finished.split(point): run.statistics(pool, point)["over_groups"] for point in points}
 
 
-def _table_compared(run: finished.Run) -> tuple[list[str], list[list[Any]]]:
+def _table_of_budgets(run: finished.Run) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows: a row a pool and method, a column a budget; means over groups."""
     ways = [finished.split(point) for point in run.points]
     budgets = sorted({budget for _, budget in ways if budget}) + [None] * any(budget is None for _, budget in ways)
     table = []
     for pool in run.pools:
-        of = {finished.split(point): run.statistics(pool, point)["over_groups"] for point in _compared(run)}
+        of = _over_groups(run, pool)
         for method in dict.fromkeys(method for method, _ in ways):
             table.append(
                 [method, pool, of.get(("base", None), "–"), *(of.get((method, budget), "–") for budget in budgets)]
