@@ -153,7 +153,7 @@ def get_config(variant: str = "cola"):
         config.optimizer.learning_rate, settings = (MIXED if mixed else TUNED)[method.split("_")[0]]
         config.algorithm.update(settings)
         config.data.test_limit = 100
-        config.run.chunk = 1 if algorithm == "centralized" else 4  # its cohort is one client
+        config.run.chunk = 4
     config.train.batch = batch * minibatches
     config.personalize.batch = batch
     return config

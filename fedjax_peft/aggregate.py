@@ -55,7 +55,16 @@ def server_optimizer(
       momentum: b1. Adagrad has none.
       second_momentum: b2.
       adaptivity: tau; the second moment starts at tau^2.
+
+    Raises:
+      ValueError: a number that no optimizer can have.
     """
+    for key, value in {"learning_rate": learning_rate, "adaptivity": adaptivity}.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"server.{key} is {value}, expected a positive number")
+    for key, value in {"momentum": momentum, "second_momentum": second_momentum}.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"server.{key} is {value}, expected at least 0 and below 1")
     rate = learning_rate if learning_rate is not None else {"average": 1.0, "momentum": 1.0}.get(name, 1e-3)
     if name == "average":
         return optax.sgd(rate)

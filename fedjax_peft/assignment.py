@@ -8,8 +8,8 @@ spreads one unit of preference over the N clients and is held by k of them, so t
                least <= sum over e of X[e, c] <= most     for every client
 
 It is a transportation problem: its matrix is totally unimodular, so the vertex at which the simplex method ends is a
-matrix of zeros and ones, and no integer program is needed. Of 32 sites, 30 experts and 50 clients it takes a third of a
-second.
+matrix of zeros and ones, and no integer program is needed. Of 32 sites, 30 experts and 50 clients it takes .3 to .6
+seconds of one server core.
 """
 
 import jax.numpy as jnp

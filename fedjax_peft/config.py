@@ -86,8 +86,9 @@ def default_config() -> ConfigDict:
     config.evaluate.generate = 0  # tokens of written answers that are compared with references; 0 compares likelihoods
     config.evaluate.measures = ("rougeL", "rougeL_ref")  # of text_metrics.py; the first is the headline
     config.evaluate.decoding = ConfigDict({"method": "greedy"})  # how answers are written, or `sampled`, `beam`
-    config.evaluate.decoding.temperature = 1.0  # of `sampled`, as is the next one
+    config.evaluate.decoding.temperature = 1.0  # of `sampled`, as are the next two
     config.evaluate.decoding.top_p = 1.0  # share of probability that tokens are drawn from
+    config.evaluate.decoding.top_k = 0  # most likely tokens that are drawn from; 0 for all
     config.evaluate.decoding.beams = 1  # of `beam`, as are the next two
     config.evaluate.decoding.length_penalty = 1.0  # above 0 prefers longer answers
     config.evaluate.decoding.early_stopping = False  # with the first `beams` answers that ended
@@ -118,8 +119,28 @@ BASES = {
     "dept": {"algorithm": {"name": "dept"}, "adapter": {"kind": "full"}},
 }
 """What makes the base of a further stage, beside `pretrained`."""
-DECODING = {"sampled": ("temperature", "top_p"), "beam": ("beams", "length_penalty", "early_stopping")}
-"""Keys of `evaluate.decoding` that one method alone reads."""
+CHOICES = {
+    "evaluate.decoding.method": {
+        "temperature": ("sampled",),
+        "top_p": ("sampled",),
+        "top_k": ("sampled",),
+        "beams": ("beam",),
+        "length_penalty": ("beam",),
+        "early_stopping": ("beam",),
+    },
+    "optimizer.name": {"momentum": ("sgd",), "b1": ("adamw",), "b2": ("adamw",), "eps": ("adamw",)},
+    "server.name": {
+        "momentum": ("momentum", "adam", "yogi"),
+        "second_momentum": ("adam", "yogi"),
+        "adaptivity": ("adagrad", "adam", "yogi"),
+    },
+    "schedule.name": {"end": ("linear", "cosine", "annealed", "exponential")},
+}
+"""Keys beside a choice that only some of its values read."""
+FROM_SECTIONS = {"server_optimizer": "server", "schedule": "schedule"}
+"""Arguments of methods that have a section of their own."""
+SHARED = ("data", "task", "max_length", "widths", "model", "run")
+"""What all stages of an experiment have in common."""
 ARGUMENTS = ("algorithm", "data")
 """Sections that hold arguments of functions, which check them."""
 OPEN = (*ARGUMENTS, "base", "points")
@@ -134,9 +155,11 @@ def stage_one(config: ConfigDict) -> ConfigDict:
         raise ValueError(f"base.name is {name!r}, expected pretrained, {', '.join(BASES)}")
     stage = default_config()
     stage.evaluate.every = None
-    for key in ("seed", "data", "task", "max_length", "widths", "model", "run"):
+    for key in ("seed", *SHARED):
         stage[key] = copy.deepcopy(config[key])
     check_keys(own, "base.")
+    if other := [key for key in own if key in (*SHARED, "base", "points")]:
+        raise ValueError(f"base.{other[0]} cannot be set: stage 1 has data, model and speed of the experiment, no more")
     for settings in (BASES[name], own):
         update(stage, settings, "base")
     return stage
@@ -147,7 +170,11 @@ def update(config: ConfigDict, settings: Mapping[str, Any], key: str) -> None:
     try:
         config.update(settings)
     except TypeError as error:
-        raise ValueError(f"{key}: {' '.join(str(error).split())}") from None
+        said = " ".join(str(error).split())
+        if told := re.search(r"field '(\w+)'.*?\. (.*) is of original type <class '(\w+)'>.*<class '(\w+)'>", said):
+            field, value, own, wanted = told.groups()
+            said = f"{field} is {value} of type {own}, expected type {wanted}"
+        raise ValueError(said if said.startswith(f"{key} is") else f"{key}: {said}") from None
 
 
 def check_keys(settings: Mapping[str, Any], prefix: str = "", known: Mapping[str, Any] | None = None) -> None:
@@ -185,9 +212,16 @@ def complete(settings: Mapping[str, Any], defaults: Mapping[str, Any] | None = N
 
 
 def checked(config: ConfigDict) -> ConfigDict:
-    """The config with all keys. Raises ValueError for one that no config has."""
-    check_keys(config.to_dict())
-    return ConfigDict(complete(config.to_dict()))
+    """The config with all keys. Raises ValueError for one that no config has, and for a value of another type."""
+    own, whole = config.to_dict(), default_config()
+    check_keys(own)
+    for key, value in own.items():
+        # A file may replace a section with a part of it. Arguments are all that it says.
+        if key in ARGUMENTS:
+            whole[key] = ConfigDict(value)
+        else:
+            update(whole, {key: value}, key)
+    return whole
 
 
 def identity(config: ConfigDict) -> dict[str, Any]:
@@ -221,19 +255,25 @@ def check_numbers(config: ConfigDict) -> None:
         raise ValueError(f"evaluate.rank_tolerance is {config.evaluate.rank_tolerance}, expected between 0 and 1")
     if not 0 <= config.dropout_rate < 1:
         raise ValueError(f"dropout_rate is {config.dropout_rate}, expected at least 0 and below 1")
-    _check_decoding(config.evaluate.decoding)
+    check_choices(config)
 
 
-def _check_decoding(decoding: ConfigDict) -> None:
-    """Raises ValueError for a setting of a method that is not the chosen one, which would change nothing."""
-    plain = default_config().evaluate.decoding
-    for method, keys in DECODING.items():
-        for key in keys:
-            if method != decoding.method and decoding[key] != plain[key]:
-                raise ValueError(
-                    f"evaluate.decoding.{key} is {decoding[key]}, but evaluate.decoding.method is {decoding.method!r}, "
-                    f"expected {method!r}"
-                )
+def check_choices(config: ConfigDict, prefix: str = "") -> None:
+    """Raises ValueError for a setting that what is chosen does not read, so that it would change nothing."""
+    usual = default_config()
+    for choice, readers in CHOICES.items():
+        path, _, name = choice.rpartition(".")
+        section, plain = (
+            functools.reduce(lambda node, part: node[part], path.split("."), of) for of in (config, usual)
+        )
+        for key, values in readers.items():
+            if section[name] not in values and section[key] != plain[key]:
+                said = f"{prefix}{path}.{key} is {section[key]}, but {choice} is {section[name]!r}"
+                raise ValueError(f"{said}, expected {' or '.join(map(repr, values))}")
+    for name, section in FROM_SECTIONS.items():
+        if name in config.algorithm:
+            said = f"{prefix}algorithm.{name} is {config.algorithm[name]!r}"
+            raise ValueError(f"{said}, which a method gets from the section {section}")
 
 
 def named(key: str, name: str, known: Mapping[str, Callable]) -> Callable:

@@ -12,8 +12,6 @@ from fedjax_peft import population as populations
 from fedjax_peft import processes, rounds, written
 from fedjax_peft.types import Algorithm, Array, Model, PyTree, Task
 
-ANSWERS = rounds.PERSONALIZE + 1  # a further stream of randomness that hangs off the run's root key
-
 
 class Scores(NamedTuple):
     """How each client of a group did."""
@@ -58,7 +56,7 @@ def make_evaluate(
 
     def evaluate(base, server, population, ids, support, round_index, root):
         clients, mine = len(population.known), rounds.here(group)
-        key = jax.random.fold_in(jax.random.fold_in(root, ANSWERS), round_index)
+        key = jax.random.fold_in(jax.random.fold_in(root, rounds.ANSWERS), round_index)
         judged = []
         for start in range(0, len(ids), group):
             own = ids[start : start + group]

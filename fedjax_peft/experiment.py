@@ -67,6 +67,7 @@ def run(config: ConfigDict, workdir: str, begin: Callable[[str], None] = lambda 
     if not built[-1].points:
         raise ValueError("personalize needs either steps or epochs, which may be 0")
     if len(stages) == 2:
+        _check_first(stages[0], built[0].algorithm)
         folder = _base_workdir(config, workdir)
         _train(stages[0], ground, built[0], folder, begin, last=False)
         ground, _ = _further(ground, built[0], folder, config.run.chunk)
@@ -152,6 +153,15 @@ def _stages(config: ConfigDict) -> list[ConfigDict]:
     return [config] if config.base.name == "pretrained" else [stage_one(config), config]
 
 
+def _check_first(config: ConfigDict, algorithm: Algorithm) -> None:
+    """Raises ValueError for a stage 1 that leaves no base to go on from."""
+    if algorithm.shared is None:
+        name = config.algorithm.name
+        raise ValueError(f"base.algorithm.name is {name!r}, which trains no model that all clients share, as a base is")
+    if not config.rounds:
+        raise ValueError("base.rounds is 0, expected 1 or more")
+
+
 def _kept(config: ConfigDict, workdir: epath.PathLike) -> epath.PathLike:
     """Where what is known of clients on their base is kept: with the base, if a stage of its own made it."""
     return workdir if config.base.name == "pretrained" else _base_workdir(config, workdir)
@@ -164,7 +174,7 @@ def _base_workdir(config: ConfigDict, workdir: epath.PathLike) -> epath.Path:
 def _further(ground: Ground, stage: Stage, workdir: epath.PathLike, chunk: int) -> tuple[Ground, PyTree]:
     """The ground after stage 1: what it trained, returned too, is merged into the base; what clients kept is beside."""
     federation = ground.federation
-    server, people = loop.final(stage.algorithm, stage.mesh, len(federation.names), workdir)
+    server, people = loop.final(stage.algorithm, stage.mesh, len(stage.clients.names), workdir)
     server = rounds.local(server, stage.mesh)
     shared = jax.device_get(stage.algorithm.shared(server))
     pretrained = ground.pretrained._replace(base=adapters.merge(ground.pretrained.base, shared))

@@ -30,6 +30,7 @@ class Settings(NamedTuple):
     method: str
     temperature: float
     top_p: float
+    top_k: int
     beams: int
     length_penalty: float
     early_stopping: bool
@@ -66,6 +67,7 @@ def make_generate(
     method: str = "greedy",
     temperature: float = 1.0,
     top_p: float = 1.0,
+    top_k: int = 0,
     beams: int = 1,
     length_penalty: float = 1.0,
     early_stopping: bool = False,
@@ -80,9 +82,10 @@ def make_generate(
       end: ids of tokens that end a text; there may be none.
       pad: id behind a text's end.
       method: `greedy`, `sampled` or `beam`.
-      temperature: by which log probabilities are divided; read by `sampled` alone, as is `top_p`.
+      temperature: by which log probabilities are divided; read by `sampled` alone, as are the next two.
       top_p: only the fewest most likely tokens that have at least this probability together are drawn from
-        (Holtzman et al., 2020, arXiv 1904.09751).
+        (Holtzman et al., 2020, arXiv 1904.09751), once `top_k` has left out others.
+      top_k: only so many most likely tokens are drawn from (Fan et al., 2018, arXiv 1805.04833); 0 for all.
       beams: texts side by side; read by `beam` alone, as are the next two.
       length_penalty: above 0 prefers longer texts.
       early_stopping: a row stops with its first `beams` ended texts; else when the best open one, were it to end now,
@@ -101,8 +104,8 @@ def make_generate(
       ValueError: for a setting out of its range, or a model without `decode`.
     """
     ends = (end,) if isinstance(end, int) else tuple(end)
-    s = Settings(new_tokens, ends, pad, method, temperature, top_p, beams if method == "beam" else 1, length_penalty,
-                 early_stopping, no_repeat, repeat_prompt)  # fmt: skip
+    s = Settings(new_tokens, ends, pad, method, temperature, top_p, top_k, beams if method == "beam" else 1,
+                 length_penalty, early_stopping, no_repeat, repeat_prompt)  # fmt: skip
     _check(s, beams)
     if model.decode is None:
         raise ValueError("the model has no function `decode`, expected a causal one with the head 'lm'")
@@ -210,9 +213,10 @@ def _chosen(s: Settings, state: Texts, scores: Array, count: Array, key: Array |
 
 def _drawn(s: Settings, scores: Array, key: Array) -> Array:
     scores = scores / s.temperature
-    if s.top_p == 1:
+    vocabulary = scores.shape[-1]
+    if s.top_p == 1 and not s.top_k:
         return jax.random.categorical(key, scores).astype(jnp.int32)
-    scores, order = jax.lax.top_k(scores, scores.shape[-1])
+    scores, order = jax.lax.top_k(scores, min(s.top_k or vocabulary, vocabulary))
     likely = jax.nn.softmax(scores)
     kept = jnp.cumsum(likely, -1) - likely < s.top_p
     place = jax.random.categorical(key, jnp.where(kept, scores, -jnp.inf))
@@ -316,7 +320,13 @@ def _any_of_clients(axis_size: int, batched: Sequence[bool], rows: Array) -> tup
 def _check(s: Settings, beams: int) -> None:
     if s.method not in METHODS:
         raise ValueError(f"method is {s.method!r}, expected one of {', '.join(METHODS)}")
-    for name, value, least in (("new_tokens", s.new_tokens, 1), ("beams", beams, 1), ("no_repeat", s.no_repeat, 0)):
+    least_of = {
+        "new_tokens": (s.new_tokens, 1),
+        "beams": (beams, 1),
+        "no_repeat": (s.no_repeat, 0),
+        "top_k": (s.top_k, 0),
+    }
+    for name, (value, least) in least_of.items():
         if value < least:
             raise ValueError(f"{name} is {value}, expected at least {least}")
     if not s.temperature > 0:

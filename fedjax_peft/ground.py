@@ -4,7 +4,7 @@ import functools
 import hashlib
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -38,7 +38,9 @@ def load(config: ConfigDict, seed: int) -> Ground:
     tokenizer = make_tokenizer(config.model.source)
     federation = _federation(config, tokenizer)
     _tell(federation, config.max_length)
-    kept = federated.vocabulary([federation.train, federation.test], tokenizer.special)
+    asked = prompt(config)
+    special = tokenizer.special if asked is None else (*tokenizer.special, *asked.tolist())
+    kept = federated.vocabulary([federation.train, federation.test], special)
     pad, head = tokenizer.pad, HEADS.get(federation.task, "classification")
     # The probability of an answer is a share of the whole vocabulary.
     trim = config.model.trim_vocabulary and head != "lm"
@@ -65,13 +67,13 @@ def load(config: ConfigDict, seed: int) -> Ground:
     return Ground(federation, pad, pretrained, hashes, kept=kept if trim else None)
 
 
-def aux(config: ConfigDict, ground: Ground) -> dict[str, PyTree]:
-    """Examples that clients hold out of training, `[N, ..]`.
+def aux(config: ConfigDict, ground: Ground, algorithm: str) -> dict[str, PyTree]:
+    """Examples that clients hold out of training, `[N, ..]`, for the algorithm of that name.
 
     Raises:
       ValueError: the data have none, or a client has none.
     """
-    store, asked = ground.federation.aux, f"algorithm {config.algorithm.name} reads examples held out of training"
+    store, asked = ground.federation.aux, f"algorithm {algorithm} reads examples held out of training"
     if store is None:
         raise ValueError(f"{asked}, but data.name {config.data.name!r} holds none out: raise data.aux or take others")
     if without := np.flatnonzero(federated.sizes(store) == 0).tolist():
@@ -96,11 +98,16 @@ def judge(config: ConfigDict, ground: Ground) -> Callable | None:
 
 
 def answers(config: ConfigDict, ground: Ground, model: Model) -> Callable[..., Iterable]:
-    """What clients write on the prompts of their test examples; nothing unless the config asks for it."""
+    """What clients write on the prompts of their test examples; nothing unless the config asks for it.
+
+    Raises:
+      ValueError: the longest prompt and its answer have no room in the model's positions.
+    """
     if judge(config, ground) is None:
         return lambda *_: ()
     prompts = federated.prompts_alone(ground.federation.test)
     widths = federated.widths_for([prompts], config.max_length, count=config.widths)
+    jax.eval_shape(lambda: model.init_cache(config.evaluate.batch, widths[-1] + config.evaluate.generate - 1))
     settings = {"batch": config.evaluate.batch, "pack": config.evaluate.pack, "widths": widths, "pad": ground.pad}
     return evaluate.make_answers(
         _generator(config, ground, model),
@@ -124,6 +131,15 @@ def make_tokenizer(source: str) -> tokenizers.Tokenizer:
     return tokenizers.load(source)
 
 
+def prompt(config: ConfigDict) -> np.ndarray | None:
+    """[P] ids of what the config's method begins every text with, a text or ids, as the tokenizer has them."""
+    said = config.algorithm.get("prompt")
+    if isinstance(said, str):
+        tokenizer = make_tokenizer(config.model.source)
+        said = tokenizer.encode([said], max_length=config.max_length, special=False).tokens
+    return np.asarray(said, np.int32) if isinstance(said, np.ndarray | Sequence) else None
+
+
 def spelling(config: ConfigDict, ground: Ground) -> tokenizers.Tokenizer:
     """The tokenizer, with ids as the base has them."""
     whole = make_tokenizer(config.model.source)
@@ -140,7 +156,7 @@ def template(data: Mapping[str, Any]) -> str:
 
 
 def _tell(federation: federations.Federation, most: int) -> None:
-    """Says what the federation lacks of its data; `most` is max_length."""
+    """Says what the federation lacks of its data; `most` is max_length. ValueError if a pool cannot be evaluated."""
     lost = [(*name.split("_", 1), count) for name, count in federation.lost.items() if count]
     examples = {part: len(federated.lengths(getattr(federation, part))) for part, kind, _ in lost if kind == "cut"}
     if cut := [f"{100 * count / examples[part]:.3g} % of {part}" for part, kind, count in lost if kind == "cut"]:
@@ -148,6 +164,9 @@ def _tell(federation: federations.Federation, most: int) -> None:
     if rows := [f"{count} of {part}" for part, kind, count in lost if kind == "left_out"]:
         said = "rows whose prompts leave no room for an answer in max_length = %d tokens were left out: %s"
         logging.warning(said, most, ", ".join(rows))
+    for pool, ids in federation.pools.items():
+        if not federated.sizes(federation.test)[ids].any():
+            raise ValueError(f"none of the {len(ids)} clients of the pool {pool!r} has a test example")
     if silent := _without_tests(federation):
         logging.warning("%d of %d clients have no test examples", silent, len(federation.names))
 

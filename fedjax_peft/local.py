@@ -146,9 +146,19 @@ def make_optimizer(
       clip: largest global norm of the gradient over all that the client trains; None does not clip.
       momentum: of `sgd`.
       b1, b2, eps: of `adamw`.
+
+    Raises:
+      ValueError: a number that no optimizer can have.
     """
-    if not learning_rate > 0:
-        raise ValueError(f"optimizer.learning_rate is {learning_rate}, expected a positive number")
+    for key, value in {"learning_rate": learning_rate, "clip": clip}.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"optimizer.{key} is {value}, expected a positive number")
+    for key, value in {"momentum": momentum, "b1": b1, "b2": b2}.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"optimizer.{key} is {value}, expected at least 0 and below 1")
+    for key, value in {"weight_decay": weight_decay, "eps": eps}.items():
+        if not value >= 0:
+            raise ValueError(f"optimizer.{key} is {value}, expected 0 or more")
     if name == "adamw":
         direction = optax.scale_by_adam(b1, b2, eps)
     elif name == "sgd":

@@ -162,7 +162,9 @@ def run(
     begin("the choice of a chunk")
     chunk = chunk or _fastest_chunk(problem, clients, workdir, server, people, root)
     fresh = functools.partial(_begin, mesh=mesh, root=root, clients=len(clients.names))
-    judge = judging.make_judge(problem, clients, workdir, fresh, chunk=chunk, root=root)
+    most = max(len(ids) for ids in clients.pools.values())
+    judge = judging.make_judge(problem, clients, workdir, fresh, chunk=rounds.fitting(chunk, most, mesh), root=root)
+    chunk = rounds.fitting(chunk, len(clients.sample(0)), mesh)
     early = {name: point for name, point in points.items() if evaluations.points and point.trained}
 
     def shown(index):
@@ -179,7 +181,7 @@ def run(
         server = _play(going, server, start, due, checkpoint_every)
         _end(going, server, ends)
     begin("the summary")
-    return _summarize(workdir, list(ends))
+    return _summarize(workdir, list(ends), total)
 
 
 def _play(
@@ -261,11 +263,11 @@ def _end(going: _Going, server: PyTree, points: Mapping[str, Point]) -> None:
             raise Interrupted(f"stopped by {said} after the evaluation of {name}; the same command goes on")
 
 
-def _summarize(workdir: epath.Path, points: list[str]) -> dict[str, Any]:
+def _summarize(workdir: epath.Path, points: list[str], total: int) -> dict[str, Any]:
     summary = None
     if processes.first():
         tables = [metrics.read_rows(workdir / f"{table}.parquet") for table in ("clients", "pooled")]
-        summary = records.summary(*tables, points)
+        summary = records.summary(*tables, points, total)
         metrics.write_json(workdir / "summary.json", summary)
     return processes.gather(summary)[0]
 

@@ -5,11 +5,12 @@ import logging
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 
 from absl import flags
 from etils import epath
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 USAGE = """usage: fedjax-peft COMMAND [flags]
 
@@ -23,7 +24,7 @@ USAGE = """usage: fedjax-peft COMMAND [flags]
   bench   --population=1000,100000 [--cohort=32 --rounds=40 --kilobytes=1000 --every=5 --folder=DIR
            --output=population.json]              time and memory of rounds whose clients have large states on disk
   generate  --workdir=DIR --client=K|NAME --prompt=TEXT [--template=plain|alpaca|alpaca_turn|chat --tokens=128
-           --temperature=0 --top_p=1]             what the personalized model of one client of a finished run answers
+           --temperature=0 --top_p=1 --top_k=0]   what the personalized model of one client of a finished run answers
   export  --workdir=DIR --client=K|NAME|global --output=FOLDER [--point=NAME --merged]
                                                   adapters of that client, or of the server, for peft; or the whole
                                                   model for transformers
@@ -144,13 +145,17 @@ def generate(arguments: list[str]) -> None:
     flags.DEFINE_integer("tokens", 128, "most tokens of the answer", lower_bound=1, flag_values=own)
     flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token", lower_bound=0.0, flag_values=own)
     flags.DEFINE_float("top_p", 1.0, "share of probability that is drawn from", flag_values=own)
+    flags.DEFINE_integer(
+        "top_k", 0, "most likely tokens that are drawn from, 0 for all", lower_bound=0, flag_values=own
+    )
     flags.DEFINE_integer("seed", 0, "of what is drawn", flag_values=own)
     _parse(own, arguments, ("workdir", "client", "prompt"))
     import jax
 
     from fedjax_peft import asking
 
-    sampled = {"method": "sampled", "temperature": own.temperature, "top_p": own.top_p} if own.temperature else {}
+    drawn = {"method": "sampled", "temperature": own.temperature, "top_p": own.top_p, "top_k": own.top_k}
+    sampled = drawn if own.temperature else {}
     key = jax.random.key(own.seed) if own.temperature else None
     asked = own.workdir, own.client, own.prompt
     print(asking.answer(*asked, template=own.template, key=key, new_tokens=own.tokens, **sampled))
@@ -190,6 +195,9 @@ def _flags(arguments: list[str], needed: dict[str, str], further: flags.FlagValu
         values.config.keys()
     except OSError as error:
         raise ValueError(" ".join(str(error).split())) from None
+    if not isinstance(values.config, ConfigDict):
+        kind = type(values.config).__name__
+        raise ValueError(f"get_config of --config gives a {kind}, expected experiment.default_config() with changes")
     for key in filter(None, unset):
         *sections, name = key[1].split(".")
         functools.reduce(lambda config, section: config[section], sections, values.config)[name] = None
@@ -204,6 +212,11 @@ def _parse(values: flags.FlagValues, arguments: list[str], needed: Sequence[str]
         raise ValueError(f"the config does not know {' '.join(str(error.args[0]).split())}") from None
     except (flags.Error, OSError, AttributeError, TypeError) as error:
         raise ValueError(_sentence(str(error))) from None
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a config file may do
+        path = next((part for part in re.split(r"[= :]", " ".join(arguments)) if part.endswith(".py")), "the config")
+        raise ValueError(_sentence(f"{path}: {''.join(traceback.format_exception(error))}")) from None
     if rest:
         known = [f"--{name}=.." for name in needed] + ["--config.KEY=VALUE"] * ("config" in needed)
         raise ValueError(f"{rest[0]!r} is no flag; flags are {', '.join(known)}")

@@ -9,18 +9,38 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from fedjax_peft import adapters, aggregate, algorithms, local, loop, ranks, spectra, tasks
 from fedjax_peft import settings as settings_lib
 from fedjax_peft.algorithms import bayestune, expert_embeddings, fedavg, fedl2p, fedprompt, mutual, personal_base
-from fedjax_peft.config import call, called, check_keys, default_config, named, update
+from fedjax_peft.config import call, called, check_choices, check_keys, default_config, named, stage_one, update
 from fedjax_peft.data import federations
-from fedjax_peft.ground import make_tokenizer
+from fedjax_peft.ground import prompt
 from fedjax_peft.types import Algorithm, Model, PyTree, Task
 
 PASSED_ON = (fedavg.fedavg, bayestune.Scales, fedl2p.AdamW)
 """What methods make of settings that they do not name themselves."""
+_PAIRS = "its pair of models has no place for a part of each client"
+_WORDS = "its virtual tokens have no place beside a part of each client"
+_POOLED = "clients have bases of their own there, and it trains for all of them at once"
+APART = {
+    "feddpa": {
+        "centralized": _POOLED,
+        "fedamole": "mixtures do not join clients' LoRAs",
+        "fedapen": _PAIRS,
+        "fedmutual": _PAIRS,
+    },
+    "dept": {
+        "centralized": _POOLED,
+        "fedapen": _PAIRS,
+        "fedmutual": _PAIRS,
+        "fedprompt": _WORDS,
+        "fedptuning": _WORDS,
+    },
+}
+"""Methods that cannot go on from a base with a part of each client, and why."""
 DIFFERENCES = {"hvp": "fd", "order": "hf"}
 """Settings of methods that then take differences of gradients over small steps."""
 
@@ -77,16 +97,26 @@ def initializer(config: ConfigDict, base: PyTree) -> Callable[..., PyTree]:
     return init_adapters
 
 
-def make(config: ConfigDict, model: Model, task: Task, base: PyTree, clients: int, parts: bool = False) -> Algorithm:
+def make(
+    config: ConfigDict,
+    model: Model,
+    task: Task,
+    base: PyTree,
+    clients: int,
+    *,
+    parts: bool = False,
+    kept: np.ndarray | None = None,
+) -> Algorithm:
     """The method of a config.
 
     Args:
       base: or its shapes.
       clients: N.
       parts: whether each client has a base of its own.
+      kept: ids of the tokenizer that the base has left, ascending; None: all.
     """
     init_adapters = initializer(config, base)
-    settings = _settings(config)
+    settings = _settings(config, kept)
     factory = find(settings.pop("name"))
     _check_settings(config, factory, settings)
     elsewhere = {}
@@ -96,10 +126,10 @@ def make(config: ConfigDict, model: Model, task: Task, base: PyTree, clients: in
         settings["server_optimizer"] = called("server", aggregate.server_optimizer, **config.server)
         key = "learning_rate" if config.server.name == "average" else "name"
         elsewhere["server_optimizer"] = f"server.{key} is {config.server[key]!r}"
-    # A method that has no use for one is spared the one that changes nothing.
-    if config.rounds and (_takes(factory, "schedule") or config.schedule.name != "constant"):
+    if config.rounds and (config.schedule.name != "constant" or config.schedule.warmup):
         settings["schedule"] = called("schedule", local.make_schedule, rounds=config.rounds, **config.schedule)
-        elsewhere["schedule"] = f"schedule.name is {config.schedule.name!r}"
+        key = "warmup" if config.schedule.name == "constant" else "name"
+        elsewhere["schedule"] = f"schedule.{key} is {config.schedule[key]!r}"
     optimizer = called("optimizer", local.make_optimizer, **config.optimizer)
     own = personal_base.beside(model) if parts else model
     method = call("algorithm", factory, (own, task, init_adapters, optimizer), settings, elsewhere)
@@ -108,8 +138,13 @@ def make(config: ConfigDict, model: Model, task: Task, base: PyTree, clients: in
 
 def _check_settings(config: ConfigDict, factory: Callable, settings: dict[str, Any]) -> None:
     """Raises ValueError for what the method itself does not see."""
-    if config.algorithm.name == "fedamole" and config.base.name == "feddpa":
-        raise ValueError("algorithm fedamole cannot go on from base.name 'feddpa': mixtures do not join clients' LoRAs")
+    name, base = config.algorithm.name, None if config.base.name == "pretrained" else stage_one(config).algorithm.name
+    if (reason := APART.get(base, {}).get(name)) is not None:
+        raise ValueError(f"algorithm {name} cannot go on from a base of {base}: {reason}")
+    if base == "feddpa" and config.adapter.kind == "full":
+        raise ValueError(
+            "adapter.kind 'full' cannot go on from a base of feddpa, whose clients have LoRAs of their own"
+        )
     if factory in algorithms.ALL.values():
         further = {key: value for key, value in settings.items() if key not in inspect.signature(factory).parameters}
         for function in PASSED_ON:
@@ -148,7 +183,8 @@ def folded(config: ConfigDict, model: Model) -> Model:
 def wants_aux(config: ConfigDict) -> bool:
     """Whether the method reads examples that clients hold out of training."""
     settings = {**_defaults(find(config.algorithm.name)), **config.algorithm.to_dict()}
-    return "aux" in (settings.get(name) for name in ("embed_on", "fuse_on", "fit_on"))
+    embeds = settings.get("assign", "data") == "data"
+    return "aux" in (settings.get(name) for name in ("fuse_on", "fit_on", *(["embed_on"] * embeds)))
 
 
 def unset(config: ConfigDict) -> dict[str, dict[str, Any]]:
@@ -171,18 +207,15 @@ def _defaults(factory: Callable) -> dict[str, Any]:
     return {name: of.default for name, of in inspect.signature(factory).parameters.items()}
 
 
-def _takes(factory: Callable, name: str) -> bool:
-    parameters = inspect.signature(factory).parameters
-    return name in parameters or any(of.kind is of.VAR_KEYWORD for of in parameters.values())
-
-
-def _settings(config: ConfigDict) -> dict[str, Any]:
-    """What the config says of the method; a text that starts as a prompt as its tokens."""
+def _settings(config: ConfigDict, kept: np.ndarray | None = None) -> dict[str, Any]:
+    """What the config says of the method; a prompt as tokens, with ids as the base has them."""
     settings = config.algorithm.to_dict()
-    if isinstance(settings.get("prompt"), str):
-        tokenizer = make_tokenizer(config.model.source)
-        encoded = tokenizer.encode([settings["prompt"]], max_length=config.max_length, special=False)
-        settings["prompt"] = tuple(encoded.tokens.tolist())
+    if (tokens := prompt(config)) is not None:
+        if kept is not None and not np.isin(tokens, kept).all():
+            raise ValueError(
+                "algorithm.prompt of a point cannot have tokens that neither data nor the run's prompt have"
+            )
+        settings["prompt"] = tuple((tokens if kept is None else np.searchsorted(kept, tokens)).tolist())
     return settings
 
 
@@ -198,7 +231,7 @@ def task(config: ConfigDict, federation: federations.Federation, judge: Callable
 
 
 def rivals(
-    config: ConfigDict, model: Model, task: Task, base: PyTree, clients: int, parts: bool
+    config: ConfigDict, model: Model, task: Task, base: PyTree, clients: int, *, parts: bool, kept: np.ndarray | None
 ) -> list[tuple[str, Algorithm, ConfigDict]]:
     """The further ways to personalize of `config.points`: name, algorithm, config."""
     rivals, usual = [], default_config()
@@ -215,7 +248,8 @@ def rivals(
         if not trained:
             # It trains in no rounds, for which these are.
             settings.server, settings.schedule = usual.server, usual.schedule
-        method = make(settings, model, task, base, clients, parts)
+        check_choices(settings, f"points.{name}: ")
+        method = make(settings, model, task, base, clients, parts=parts, kept=kept)
         if not trained and any(method.traffic(jax.eval_shape(method.init, jax.random.key(0)))):
             raise ValueError(f"points.{name}: {settings.algorithm.name} learns in rounds, so it needs a run of its own")
         check_budgets(settings, method, f"points.{name}: ")

@@ -122,9 +122,10 @@ def rows(
     ]
 
 
-def summary(rows: list[dict[str, Any]], pooled: list[dict[str, Any]], points: Sequence[str]) -> dict[str, Any]:
-    """pool -> point -> statistics, of the untrained model (`base`) and of the points of the last round."""
-    total = max((row["round"] for row in rows), default=0)
+def summary(
+    rows: list[dict[str, Any]], pooled: list[dict[str, Any]], points: Sequence[str], total: int
+) -> dict[str, Any]:
+    """pool -> point -> statistics, of the untrained model (`base`) and of the points after the `total` rounds."""
     fixed = ("round", "client", "name", "group", "pool", "point", "train_examples", "examples", "majority")
     names = [name for name in rows[0] if name not in fixed] if rows else []
     pools: dict[str, Any] = {}

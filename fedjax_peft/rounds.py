@@ -18,7 +18,7 @@ from fedjax_peft import trees
 from fedjax_peft.types import Algorithm, Array, PyTree
 
 # Streams of randomness that hang off the run's root key.
-SERVER, CLIENT, ROUND, PERSONALIZE = range(4)
+SERVER, CLIENT, ROUND, PERSONALIZE, ANSWERS = range(5)
 # By which axis matrices are split over `model`; the first pattern that is found in a path counts.
 _SPLITS = (
     (r"(o_proj|down_proj|c_proj|output/dense)/kernel$", -2),
@@ -96,6 +96,11 @@ def slots_for(clients: int, mesh: Mesh, chunk: int) -> int:
     """The number of slots C that holds `clients` clients in whole chunks on every device."""
     unit = mesh.shape["clients"] * chunk
     return -(-clients // unit) * unit
+
+
+def fitting(chunk: int, clients: int, mesh: Mesh) -> int:
+    """The chunk, or what each device has of `clients` clients if that is less: slots that stay empty cost as much."""
+    return min(chunk, -(-clients // mesh.shape["clients"]))
 
 
 def here(slots: int) -> slice:

@@ -35,13 +35,14 @@ class Stage(NamedTuple):
         model = methods.folded(config, ground.pretrained.model)
         task = methods.task(config, ground.federation, grounds.judge(config, ground))
         count = len(ground.federation.names)
-        algorithm = methods.make(config, model, task, base, count, parts)
+        algorithm = methods.make(config, model, task, base, count, parts=parts, kept=ground.kept)
         methods.check_budgets(config, algorithm)
-        rivals = methods.rivals(config, model, task, base, count, parts)
+        rivals = methods.rivals(config, model, task, base, count, parts=parts, kept=ground.kept)
         for name, rival, settings in rivals:
             if settings.algorithm.name == config.algorithm.name:
                 _check_same(name, settings, config, rival, algorithm)
         _check_forks(model, base, ground.federation.test)
+        grounds.answers(config, ground, model)  # which has to have room, now and not after the rounds
         mesh = rounds.make_mesh(config.run.mesh.clients, config.run.mesh.model)
         clients = _clients(config, ground, algorithm, rivals, {})
         return cls(mesh, model, task, algorithm, rivals, methods.strategy(config, base, rivals), *clients)
@@ -87,7 +88,8 @@ def _clients(
     observed: dict[str, np.ndarray],
 ) -> tuple[loop.Clients, dict[str, loop.Point]]:
     """Who takes part, and how they are evaluated in the end; their constants are `observed` and what data say."""
-    held = grounds.aux(config, ground) if methods.wants_aux(config) else {}
+    asking = [own.algorithm.name for own in (config, *(own for *_, own in rivals)) if methods.wants_aux(own)]
+    held = grounds.aux(config, ground, asking[0]) if asking else {}
     known = {**observed, **held} | ({} if ground.parts is None else {"part": ground.parts})
     clients = grounds.clients(config, ground.federation, ground.pad, known)
     return clients, _points(config, ground.federation, ground.pad, known, algorithm, rivals)

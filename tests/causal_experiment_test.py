@@ -65,20 +65,27 @@ def configured(source, **algorithm):
     return config
 
 
-MIXTURE = {"name": "fedamole", "experts": 4, "expert_choices": 2, "max_experts": 2, "embed_on": "aux"}
+MIXTURE = {"name": "fedamole", "experts": 6, "max_experts": 4}  # two to four a client, of which a token takes two
 
 
-METHODS = [{}, MIXTURE, {"name": "fdlora"}, {"name": "fedprompt", "prompt": "SAY IT"}, {"name": "fedapen"}]
+METHODS = [
+    MIXTURE,
+    {"name": "fdlora"},
+    {"name": "fedprompt", "prompt": "SAY IT"},
+    {"name": "fedapen"},
+    {"name": "fedp2eft"},
+    {"name": "pf2lora"},
+]
 
 
-@pytest.mark.parametrize("algorithm", METHODS, ids=lambda settings: settings.get("name", "fedit"))
+@pytest.mark.parametrize("algorithm", METHODS, ids=lambda settings: settings["name"])
 def test_answers_are_written_and_judged(source, tmp_path, monkeypatch, capsys, algorithm):
     summary = experiment.run(configured(source, **algorithm), str(tmp_path))
     found = summary["pools"]["seen"]["personal"]
     assert list(found)[2:] == ["loss", "rougeL", "rougeL_ref", "exact", "token_accuracy"]
     before = summary["pools"]["seen"]["base"]
     # A prompt in front of a text is no base to begin with.
-    assert found["loss"]["mean"] < before["loss"]["mean"] or algorithm.get("name") == "fedprompt"
+    assert found["loss"]["mean"] < before["loss"]["mean"] or algorithm["name"] == "fedprompt"
     assert all(0 <= found[name]["mean"] <= 1 for name in ("rougeL", "exact", "token_accuracy"))
     rows = metrics.read_rows(tmp_path / "clients.parquet")
     assert len({row["name"] for row in rows}) == 4
@@ -98,8 +105,8 @@ def check_assignment(folder):
     assert len(rows) == 4 * len(sites) and {row["point"] for row in rows} == {"personal"}
     for site in sites:
         held = [expert for row in rows if row["site"] == site for expert in row["experts"]]
-        # Each of four experts has two clients, each of four clients two experts.
-        assert sorted(held) == [0, 0, 1, 1, 2, 2, 3, 3]
+        # Each of six experts has two clients, the rest of four times four slots are empty.
+        assert sorted(held) == [-1] * 4 + [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     report.show(folder)
     assert (folder / "plots" / "experts.png").stat().st_size > 10_000
 
@@ -107,9 +114,9 @@ def check_assignment(folder):
 def test_greedy_answers_of_a_client_alone_agree_with_exact_matches(source, tmp_path):
     """An answer that greedy generation gives word for word is one all of whose tokens are chosen.
 
-    The client holds every expert.
+    The client holds every expert, and its tokens choose two of three.
     """
-    config = configured(source, **MIXTURE | {"experts": 2, "expert_choices": 1})
+    config = configured(source, **MIXTURE | {"experts": 3, "expert_choices": 1})
     config.data.partition = {"name": "iid", "clients": 1, "seed": 0}
     config.cohort = config.run.chunk = 1
     config.evaluate.measures = ("exact_match",)
@@ -119,7 +126,7 @@ def test_greedy_answers_of_a_client_alone_agree_with_exact_matches(source, tmp_p
         np.testing.assert_allclose(row["exact_match"], row["exact"], atol=1e-6)
     found = summary["pools"]["seen"]["personal"]
     assert found["clients"] == 1 and found["exact"]["mean"] > 0.2
-    assert {tuple(row["experts"]) for row in metrics.read_rows(tmp_path / "strategies.parquet")} == {(0, 1)}
+    assert {tuple(row["experts"]) for row in metrics.read_rows(tmp_path / "strategies.parquet")} == {(0, 1, 2)}
 
 
 @pytest.fixture
@@ -245,7 +252,7 @@ FEDDPA = {"name": "feddpa", "cohort": 4, "train": {"steps": 1}, "adapter": {"tar
 MIXED = [
     ({"data": {"aux": 0.0}}, "reads examples held out of training, but data.name 'instructions' holds none out"),
     ({"evaluate": {"spectra": True}}, "evaluate.spectra is of LoRAs, expected False with algorithm fedamole"),
-    ({"base": FEDDPA}, "fedamole cannot go on from base.name 'feddpa'"),
+    ({"base": FEDDPA}, "fedamole cannot go on from a base of feddpa"),
 ]
 
 

@@ -45,6 +45,10 @@ CASES = {
     "no such client optimizer": (["--config.optimizer.name=lamb"], "optimizer.name is 'lamb'"),
     "no such schedule": (["--config.schedule.name=step"], "schedule.name is 'step'"),
     "learning rate 0": (["--config.optimizer.learning_rate=0.0"], "optimizer.learning_rate is 0.0"),
+    "clip that turns around": (["--config.optimizer.clip=-1.0"], "optimizer.clip is -1.0, expected a positive number"),
+    "weights that grow": (["--config.optimizer.weight_decay=-0.1"], "optimizer.weight_decay is -0.1, expected 0 or"),
+    "no moment": (["--config.optimizer.b2=1.0"], "optimizer.b2 is 1.0, expected at least 0 and below 1"),
+    "server that goes back": (["--config.server.learning_rate=-1.0"], "server.learning_rate is -1.0, expected a posit"),
     "wrong type of an argument": (["--config.data.min_rows=many"], "data.min_rows is 'many', expected a whole number"),
     "misspelt setting of a partition": (
         [
@@ -81,6 +85,27 @@ def test_missing_files_and_flags(config, command, tmp_path):
     assert code == 2 and "--workdir is missing" in said
     code, said = command("dance")
     assert code == 2 and "usage" in said
+
+
+FILES = {
+    "line 2: NameError: name 'wrong' is not defined": "def get_config():\n    return wrong\n",
+    "line 1: ModuleNotFoundError: No module named 'wrong'": "import wrong\n",
+    "line 1: SyntaxError": "def get_config(:\n",
+    "line 2: ValueError: no such size": "def get_config():\n    raise ValueError('no such size')\n",
+    "get_config of --config gives a dict, expected experiment": "def get_config():\n    return {'rounds': 1}\n",
+    "has no attribute 'get_config'": "rounds = 1\n",
+}
+
+
+@pytest.mark.parametrize("sentence", FILES)
+def test_a_mistake_in_the_file_of_a_config(sentence, command, tmp_path, monkeypatch):
+    """Launchers start a run again that ends with another code."""
+    # What an earlier file of this process defined would still be there.
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
+    (tmp_path / "mine.py").write_text(FILES[sentence])
+    code, said = command("run", f"--config={tmp_path / 'mine.py'}", f"--workdir={tmp_path / 'run'}")
+    assert code == 2 and sentence in said
+    assert said.count("\n") == 1 and said.startswith("fedjax-peft: ")
 
 
 def test_weights_that_do_not_fit_are_all_named(command, tmp_path):

@@ -11,6 +11,7 @@ from federation import assert_same
 
 from fedjax_peft import adapters, experiment, ground, loop, methods, metrics, one_client, records, rounds
 from fedjax_peft import stage as stages
+from fedjax_peft.algorithms import fedprompt
 from fedjax_peft.data import federated
 
 
@@ -268,7 +269,48 @@ MISTAKES = {
     "data table needs 'source'": {"data": {"name": "table"}},
     "data.train_limit is 'many', expected a whole number or None": {"data": {"train_limit": "many"}},
     "evaluate.every is None, expected 1 or more rounds": {"evaluate": {"every": None}},
+    "base.model cannot be set: stage 1 has data, model and speed of the experiment": {
+        "base": {"model": {"dropout": 0.3}}
+    },
+    "base.points cannot be set": {"base": {"points": {}}},
+    "base.rounds is 0, expected 1 or more": {"base": {"rounds": 0}},
+    "base.algorithm.name is 'fedp2eft', which trains no model that all clients share": {
+        "base": {"algorithm": {"name": "fedp2eft"}}
+    },
+    "algorithm fedmutual cannot go on from a base of feddpa: its pair": {
+        "base": {"name": "feddpa"},
+        "algorithm": {"name": "fedmutual"},
+    },
+    "adapter.kind 'full' cannot go on from a base of feddpa": {"base": {"name": "feddpa"}, "adapter": {"kind": "full"}},
+    "optimizer.momentum is 0.9, but optimizer.name is 'adamw', expected 'sgd'": {"optimizer": {"momentum": 0.9}},
+    "server.momentum is 0.5, but server.name is 'average', expected 'momentum' or 'adam'": {
+        "server": {"momentum": 0.5}
+    },
+    "algorithm.server_optimizer is 'adam', which a method gets from the section server": {
+        "algorithm": {"name": "fedit", "server_optimizer": "adam"}
+    },
 }
+
+
+def test_a_section_that_a_file_replaces_has_its_types_checked(load, tmp_path):
+    config = load({})
+    config.train = {"batch": "8", "steps": 4}
+    with pytest.raises(ValueError, match="^train: batch is 8 of type str, expected type int"):
+        experiment.run(config, str(tmp_path))
+
+
+def test_words_of_a_prompt_keep_their_embeddings(load, tmp_path):
+    """Also those that no text has: the base is left with the embeddings of what occurs."""
+    config = load({})
+    config.algorithm = {"name": "fedprompt", "prompt": "~^`|}{"}
+    loaded = ground.load(config, 0)
+    tokens = ground.prompt(config)
+    plain = load({})
+    assert not np.isin(tokens, ground.load(plain, 0).kept).all()
+    stage = stages.Stage.make(config, loaded)
+    nodes = adapters.nodes(jax.jit(stage.algorithm.init)(jax.random.key(0)).adapters).values()
+    (words,) = [node.ids for node in nodes if isinstance(node, fedprompt.Prompt)]
+    np.testing.assert_array_equal(loaded.kept[np.asarray(words)], tokens)
 
 
 @pytest.fixture(scope="module")
@@ -324,6 +366,11 @@ REFUSED = {
     "^server.name is 'adam', which fedp2eft has no use for": {"server": {"name": "adam"}},
     "^server.learning_rate is 0.5, which fedp2eft has no use for": {"server": {"learning_rate": 0.5}},
     "^algorithm.initial is 'two', expected a number": point({"name": "adalora", "initial": "two"}),
+    "^schedule.name is 'cosine', which fedl2p has no use for": {
+        "algorithm": {"name": "fedl2p"},
+        "schedule": {"name": "cosine"},
+    },
+    "^points.x: optimizer.momentum is 0.5, but optimizer.name is 'adamw'": point(optimizer={"momentum": 0.5}),
     "^algorithm.rate is 'fast', expected a number": {"algorithm": {"name": "fedp2eft", "rate": "fast"}},
     "^algorithm.proximal is 'x', expected a number": PLAIN | {"algorithm": {"name": "fedit", "proximal": "x"}},
     "^model.dtype is 'bfloat16', in which the differences of algorithm.hvp 'fd' are lost": PLAIN

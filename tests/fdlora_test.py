@@ -210,6 +210,12 @@ def test_the_search_follows_its_rule(name):
     assert np.abs(probes).max() <= 1.5
 
 
+def test_a_probe_that_is_no_number_is_never_the_best():
+    bowl = VALUES["bowl"]
+    found = fdlora.search(lambda w, index: jnp.where(index >= 3, jnp.nan, bowl(w)))
+    assert_close(found, by_hand(bowl)[0][np.argmin([bowl(w) for w in by_hand(bowl)[0][:3]])], 1e-6)
+
+
 def test_a_plane_through_a_line_is_the_one_before():
     values, before = jnp.array([1.0, 2.0, 4.0]), jnp.array([3.0, -1.0])
     assert_same(fdlora._slope(jnp.array([[0.0, 0.0], [0.5, 0.5], [1.0, 1.0]]), values, before), before)

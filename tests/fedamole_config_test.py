@@ -28,6 +28,7 @@ WRITTEN = {
     "evaluate.decoding.method": "sampled",
     "evaluate.decoding.temperature": 0.6,
     "evaluate.decoding.top_p": 0.9,
+    "evaluate.decoding.top_k": 50,
 }
 REFERENCE = {method: MIXTURE if method.startswith("fedamole") else {"data.aux": 0.0} for method in MODULE.METHODS} | {
     "fdlora": {"algorithm.warmup_ticks": True},
@@ -133,6 +134,12 @@ def test_personalization_is_the_round_after_the_last(size):
 def test_tasks_are_those_of_the_published_split():
     assert flat("ni", "fedamole", "published")["data.split"] == "train"
     assert "data.split" not in flat("snli_1", "fedamole", "published")
+
+
+@pytest.mark.parametrize("scenario", ["snli", "flan", "ni_1", "snl_1"])
+def test_a_scenario_that_there_is_not_gets_a_sentence(scenario):
+    with pytest.raises(ValueError, match=f"the scenario is '{scenario}', expected snli_A or dolly_A"):
+        MODULE.get_config(scenario)
 
 
 def test_a_size_that_there_is_not_gets_a_sentence():

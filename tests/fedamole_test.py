@@ -18,7 +18,7 @@ from fedjax_peft.types import Batches
 MODEL, TASK, SGD, KEY = toy.model(), tasks.classification(), optax.sgd(0.5), jax.random.key(5)
 SITE = ("encoder", "layer", "query")
 SOME = [4, 0, 3, 2]
-NUMBERS = {"clients": CLIENTS, "experts": 7, "expert_choices": 2, "max_experts": 4}
+NUMBERS = {"clients": CLIENTS, "experts": 7, "expert_choices": 2, "max_experts": 4, "embed_on": "train"}
 
 
 def init_adapters(**settings):
@@ -305,7 +305,7 @@ def test_sizes_are_those_of_the_published_model():
 
 
 def test_a_step_costs_little_more_than_one_of_plain_lora():
-    """With dropout, of a decoder with a quarter of the published width; an embedding costs half of a step at most."""
+    """With dropout, of a decoder with a quarter of the published width; embedding as many texts costs half a step."""
     config = {"model_type": "llama", "vocab_size": 64, "hidden_size": 512, "num_hidden_layers": 2}
     config |= {"num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 2048}
     model, task = llama.llama(config | {"max_position_embeddings": 32}), tasks.causal()
@@ -329,7 +329,8 @@ def test_a_step_costs_little_more_than_one_of_plain_lora():
         for settings in ({"assign": "static"}, {"embed_on": "aux"})
     )
     assert 1.0 < mixed / plain <= 1.15
-    assert 0.2 < (embedded - mixed) / mixed <= 0.5
+    # A forward pass on as many held-out texts as are trained on, which is what there is to embed a client by.
+    assert 1.0 < embedded / plain <= 1.65
 
 
 def test_adapters_of_sixteen_bits_stay_so_and_lose_small_steps():
@@ -371,8 +372,17 @@ def test_what_is_sent_is_noised_once_and_counted():
     gap = adapters.nodes(plain[0].embeddings.client)[SITE] - adapters.nodes(private[0].embeddings.client)[SITE]
     assert 0 < np.abs(gap).max() < 1
     held = np.sum(server.slots[:, 4] < NUMBERS["experts"])
-    np.testing.assert_allclose(private[1]["dp_spent"], 50.0 * (toy.LAYERS + held))
-    assert "dp_spent" not in plain[1]
+    np.testing.assert_allclose(private[0].spent, 50.0 * (toy.LAYERS + held))
+    assert plain[0].spent == ()
+
+
+def test_the_budget_of_privacy_adds_up_over_rounds():
+    method = make(dp="corrected", dp_eta=50.0, assign="data")
+    server = play(method, start(method), SOME)
+    once = np.asarray(server.spent)
+    assert once[4] > 0 and set(np.flatnonzero(once)) == set(SOME)
+    again = play(method, server, SOME[:2], absent=SOME[:1])
+    assert set(np.flatnonzero(again.spent > once)) == {SOME[1]} and (again.spent >= once).all()
 
 
 @pytest.mark.parametrize(

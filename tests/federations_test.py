@@ -115,6 +115,16 @@ def test_people_hold_their_own_rows_out_and_keep_their_names(encode, people):
         of_people(encode, people, unseen=-2)
 
 
+def test_another_column_may_divide_the_rows(encode, people):
+    """`label` of a partition is one of its own; without it the classes divide, whatever their column is called."""
+    sorted_by = {"name": "pathological", "clients": 2, "k": 1, "seed": 0}
+    by_user = of_people(encode, people, test=None, partition=sorted_by | {"k": 25, "label": "user"})
+    # Letters of the user's number, of those that have two.
+    owners = [{text[1:3] for text in texts_of(by_user.train, client) if text[2] != " "} for client in range(2)]
+    assert all(owners) and not owners[0] & owners[1]
+    assert len(of_people(encode, people, test=None, label="user", partition=sorted_by | {"k": 25}).classes) == 50
+
+
 def test_a_folder_with_a_file_for_each_client(encode, people):
     by_file = {"name": "natural_id", "column": "file", "seed": 0}
     made = of_people(encode, people, source=str(people / "files"), train="*", partition=by_file)

@@ -257,16 +257,19 @@ def test_it_stops_when_all_rows_have_ended():
     assert lengths[1] == 0 and (tokens[1] == PAD).all()
 
 
-def test_samples_come_from_the_nucleus_in_proportion():
-    run = generator(method="sampled", temperature=1.5, top_p=0.8, new_tokens=1)
+@pytest.mark.parametrize("most", [0, 4])
+def test_samples_come_from_the_nucleus_in_proportion(most):
+    run = generator(method="sampled", temperature=1.5, top_p=0.8, top_k=most, new_tokens=1)
     rows = 4000
     inputs = {name: jnp.repeat(leaf[:1], rows, 0) for name, leaf in decoder.inputs(LENGTHS).items()}
     drawn = np.bincount(np.asarray(run(build()[1], {}, inputs, KEY)[0])[:, 0], minlength=decoder.VOCABULARY)
     likely = np.exp(log_probabilities("toy", {}, prompts()[:1])[0] / 1.5)
-    likely /= likely.sum()
     order = np.argsort(-likely)
+    # The nucleus is that of what is left.
+    likely[order[most or len(order) :]] = 0
+    likely /= likely.sum()
     kept = order[: 1 + int(np.argmax(np.cumsum(likely[order]) >= 0.8))]
-    assert 2 < len(kept) < decoder.VOCABULARY and set(np.flatnonzero(drawn)) <= set(kept)
+    assert 2 < len(kept) < (most or decoder.VOCABULARY) and set(np.flatnonzero(drawn)) <= set(kept)
     expected = likely[kept] / likely[kept].sum()
     # Five standard deviations of a binomial share.
     assert (np.abs(drawn[kept] / rows - expected) < 5 * np.sqrt(expected * (1 - expected) / rows)).all()
@@ -287,6 +290,7 @@ def test_samples_depend_on_the_key():
         ({"no_repeat": -1}, "no_repeat is -1, expected at least 0"),
         ({"temperature": 0.0}, "temperature is 0.0, expected above 0"),
         ({"top_p": 1.5}, "top_p is 1.5, expected above 0 and at most 1"),
+        ({"top_k": -1}, "top_k is -1, expected at least 0"),
     ],
 )
 def test_mistakes_get_a_sentence(settings, sentence):

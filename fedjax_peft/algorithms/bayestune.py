@@ -49,7 +49,6 @@ def bayestune(
     optimizer: optax.GradientTransformation,
     *,
     mode: str = "value",
-    schedule: optax.Schedule | None = None,
     personal_rate: float = 1.0,
     **scales,
 ) -> Algorithm:
@@ -60,11 +59,9 @@ def bayestune(
       init_adapters: (key) -> adapters.
       optimizer: of A and B.
       mode: `value` keeps the learnt scales, `one` puts 1 in their place.
-      schedule: not read, there are no rounds.
       personal_rate: factor on the learning rate of A and B.
       scales: fields of `Scales`.
     """
-    del schedule
     check_mode(mode)
     layout = ranks.layout(ranks.concrete(init_adapters))
     settings = make_scales(**scales)

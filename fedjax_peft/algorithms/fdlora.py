@@ -166,7 +166,7 @@ def search(value: Callable[[Array, int], Array]) -> Array:
     three points are on a line, the plane before is kept. Of equal values the earlier counts as better.
 
     Args:
-      value: (weights [2], number of the probe, from 0 to 4 and traced) -> scalar.
+      value: (weights [2], number of the probe, from 0 to 4 and traced) -> scalar; what is not a number is the worst.
 
     Returns:
       [2] weights.
@@ -197,7 +197,9 @@ def search(value: Callable[[Array, int], Array]) -> Array:
     def probe(index, state):
         points, values = state
         point = jnp.clip(jax.lax.switch(index, rules, points, values), -BOX, BOX)
-        return points.at[index].set(point), values.at[index].set(value(point, index))
+        found = value(point, index)
+        # No comparison finds a number that is none.
+        return points.at[index].set(point), values.at[index].set(jnp.where(jnp.isnan(found), jnp.inf, found))
 
     # A loop, so that the model is compiled once for all probes.
     count = len(rules)

@@ -84,11 +84,9 @@ def fedl2p(
     neumann_rate: float = 0.1,
     validation: float = 0.2,
     test_fraction: float = 1.0,
-    taps_size: int | None = None,
     tap_dtype: str = "float32",
     tap_mask_padding: bool = True,
     weighting: str = "examples",
-    schedule: optax.Schedule | None = None,
     personal_rate: float = 1.0,
     **inner,
 ) -> Algorithm:
@@ -106,14 +104,12 @@ def fedl2p(
       neumann_terms, neumann_rate: K and a of the series.
       validation: share of a client's examples to hold back in rounds.
       test_fraction: share of its examples that a client personalizes on; 0.8 in the published code.
-      taps_size: I; None is `taps.size(model)`.
       tap_dtype, tap_mask_padding: of the statistics, as in fedp2eft.
       weighting: of the mean of updates, `examples` or `uniform`.
-      schedule: not read.
       personal_rate: factor on all rates in personalization.
       inner: fields of `AdamW`.
     """
-    del optimizer, schedule
+    del optimizer
     settings = make_adamw(**inner)
     aggregate.check_weighting(weighting)
     _check(validation, test_fraction, outer_steps, neumann_terms)
@@ -122,7 +118,7 @@ def fedl2p(
     layout = ranks.layout(ranks.concrete(init_adapters))
     ranks.check_budgets(() if budget is None else (budget,), layout.rank)
     shape = (layout.sites, layout.rank)
-    inputs = taps.size(model) if taps_size is None else taps_size
+    inputs = taps.size(model)
 
     def init(key):
         rates = jnp.full(2 * layout.sites, inner_rate, jnp.float32)

@@ -20,7 +20,6 @@ def lora(
     optimizer: optax.GradientTransformation,
     *,
     multiplier: float = 1.0,
-    schedule: optax.Schedule | None = None,
     personal_rate: float = 1.0,
 ) -> Algorithm:
     """LoRA at a uniform rank.
@@ -30,10 +29,8 @@ def lora(
       init_adapters: (key) -> adapters.
       optimizer: of the client.
       multiplier: of alpha / R, to compare with methods that learn a scale.
-      schedule: not read, there are no rounds.
       personal_rate: factor on the learning rate.
     """
-    del schedule
     if not multiplier > 0:
         raise ValueError(f"algorithm.multiplier is {multiplier}, expected more than 0")
     layout = ranks.layout(ranks.concrete(init_adapters))

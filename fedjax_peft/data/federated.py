@@ -54,7 +54,7 @@ class Federation(NamedTuple):
     task: str = "classification"  # a function of tasks.py
     score: Callable[..., dict[str, np.ndarray]] | None = None  # of a task that judges the test store on the host
     aux: Store | None = None  # held out of training, and none of the test: what a method may fit or embed clients by
-    validation: Store | None = None  # held out as well; nothing is chosen by it unless a study does
+    validation: Store | None = None  # held out as well, for a study to choose settings by
     references: tuple[tuple[str, ...], ...] | None = None  # of each test example: the texts that would be right
     majority: np.ndarray | None = None  # [N] of choices: test accuracy of the right one that training has most often
     lost: Mapping[str, int] = {}  # by split: examples in `train_cut`, rows that clients lack in `train_left_out`, ..
@@ -142,11 +142,6 @@ def longest(store: Store) -> int:
 def rows(store: Store, client: int) -> np.ndarray:
     """[n] int64: the examples of one client, as positions in the store."""
     return np.arange(store.client_offsets[client], store.client_offsets[client + 1])
-
-
-def pooled(store: Store) -> Store:
-    """All examples as those of one client: the data of centralized training."""
-    return store._replace(client_offsets=store.client_offsets[[0, -1]])
 
 
 def subset(store: Store, ids: np.ndarray) -> Store:
@@ -257,10 +252,12 @@ def pools(clients: int, unseen: int | Sequence[int], seed: int) -> dict[str, np.
       seed: of the draw.
 
     Raises:
-      ValueError: an unknown id, or nobody left to train.
+      ValueError: an unknown id or a negative number, or nobody left to train.
     """
     ids = np.arange(clients, dtype=np.int32)
     if np.ndim(unseen) == 0:
+        if unseen < 0:
+            raise ValueError(f"data.unseen is {unseen} clients, expected 0 or more")
         unseen = np.random.default_rng(seed).permutation(clients)[:unseen] if unseen < clients else ids
     held_out = np.isin(ids, unseen)
     if held_out.sum() != len(set(map(int, unseen))) or held_out.all():

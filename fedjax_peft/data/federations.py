@@ -3,6 +3,7 @@
 A config names one of these functions in `data.name`; the other keys of `data` are its arguments.
 """
 
+import inspect
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -74,7 +75,8 @@ def table(
       encode: (texts, second texts or None) -> token sequences.
       source: file, folder or hub name; see `text.read`.
       text: column of texts, or two columns of a pair.
-      partition: `name` of the partitioner and its settings, its own `seed` among them.
+      partition: `name` of the partitioner and its settings, its own `seed` among them. It deals by the classes, or by
+        another column that its own `label` names.
       label: column of classes; rows without a gold label are left out.
       classes: names of all classes in the order of their numbers; by default those that occur.
       configs: subsets to read one after the other; the new column `language` tells them apart.
@@ -91,16 +93,17 @@ def table(
       cache: folder of computed partitions.
     """
     partitioner, settings = partitions.named(partition)
+    if label != "label" and "label" in inspect.signature(partitioner).parameters:
+        settings = {"label": label} | settings
     _check_share(test_fraction)
-    if unseen < 0:
-        raise ValueError(f"data.unseen is {unseen} clients, expected 0 or more")
     splits = text_data.splits(source, train, test)
-    tables = {name: text_data.labelled(_read(source, configs, split), label) for name, split in splits.items()}
+    tables = {name: text_data.read_configs(source, configs, split=split) for name, split in splits.items()}
+    tables = {name: text_data.labelled(rows, label) for name, rows in tables.items()}
     tables, classes = text_data.with_labels(tables, label, classes)
     group = group or ("language" if configs else None)
     if "test" not in tables and partitioner is not partitions.natural_id:
         tables = _held_out(tables["train"], test_fraction, seed, "language" if configs else None)
-    columns = {key for key in (label, settings.get("column")) if key is not None}
+    columns = {key for key in (label, settings.get("label"), settings.get("column")) if key is not None}
     reads = {split: {key: rows[key] for key in columns if key in rows} for split, rows in tables.items()}
     clients = partition_cache.cached(pathlib.Path(cache).expanduser(), partitioner, reads, **settings)
     if "test" not in tables:
@@ -208,12 +211,6 @@ def _limited(clients, split, limit):
     if limit is not None and limit < 1:
         raise ValueError(f"data.{split}_limit is {limit} examples of a client, expected 1 or more")
     return [own[:limit] for own in clients]
-
-
-def _read(source, configs, split):
-    if configs:
-        return text_data.read_configs(source, configs, split=split)
-    return text_data.read(source, split=split)
 
 
 def _held_out(rows, fraction, seed, subset=None):

@@ -92,7 +92,7 @@ def fed_aya(
       seed: of the order of rows, and so of the test rows.
     """
     split = "train"
-    ids = prompted.read(source, split)
+    ids = text_data.read(source, split=split)
     ids = np.unique(prompted.having(ids, "language", languages)["client"])
     return prompted.from_columns(
         tokenizer,
@@ -133,7 +133,7 @@ def natural_instructions(
       largest: so many tasks with most rows, of equal ones the first by name.
       seed: of the order of rows.
     """
-    table = prompted.read(source, split, tasks or _folders(source, split))
+    table = text_data.read_configs(source, tasks or _folders(source, split), split=split)
     # A further reference repeats the id; so do rows that several splits share.
     first = np.sort(np.unique(table["id"], return_index=True)[1])
     table = {name: column[first] for name, column in table.items()}
@@ -183,7 +183,7 @@ def snli(
       seed: of the partition.
       published_draws: draw it as the code of FedAMoLE does, see `partition.dirichlet`.
     """
-    table = text_data.labelled(prompted.read(source, split))
+    table = text_data.labelled(text_data.read(source, split=split))
     drawn = {"clients": clients, "alpha": alpha, "seed": seed, "published": published_draws}
     dealt = partitions.dirichlet({"train": table}, **drawn)
     choices = instructions.INFERENCES

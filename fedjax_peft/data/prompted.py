@@ -29,6 +29,7 @@ class Division(NamedTuple):
     aux_limit: int | None = 200
     validation_limit: int | None = 200
     test_limit: int | None = 50
+    evaluated: str = "test"  # the part that clients are judged on; or `validation`, to choose settings by
 
 
 class Questions(NamedTuple):
@@ -79,7 +80,7 @@ def from_columns(
       division: fields of `Division`.
     """
     splits = text_data.splits(source, train, test)
-    tables = {name: read(source, split, configs) for name, split in splits.items()}
+    tables = {name: text_data.read_configs(source, configs, split=split) for name, split in splits.items()}
     for column, values in (keep or {}).items():
         tables = {name: having(table, column, values) for name, table in tables.items()}
     partitioner, settings = partitions.named(partition)
@@ -140,6 +141,9 @@ def federation(
     """
     division = Division(**division)
     names, parts = tuple(names or federated.names(groups)), _parts(clients, division)
+    if division.evaluated == "validation":
+        parts = [own | {"test": own["validation"], "validation": own["validation"][:0]} for own in parts]
+        division = division._replace(validation=0.0)
     held = np.unique(np.concatenate([rows for own in parts for rows in own.values()]))
     prompts = instructions.encode_prompts(
         tokenizer, [questions.prompts[row] for row in held], max_length=max_length, begin=questions.begin
@@ -171,13 +175,6 @@ def federation(
     )
 
 
-def read(source: str, split: str, configs: Sequence[str] = ()) -> text_data.Table:
-    """One split of a data set, or of several of its subsets one after the other; the column `language` names them."""
-    if configs:
-        return text_data.read_configs(source, configs, split=split)
-    return text_data.read(source, split=split)
-
-
 def having(table: text_data.Table, column: str, values: Sequence) -> text_data.Table:
     """The rows whose value of a column is one of `values`. ValueError if there is none."""
     if column not in table:
@@ -204,6 +201,12 @@ def _parts(clients, division: Division) -> list[dict[str, np.ndarray]]:
     for part, limit in ((part, getattr(division, f"{part}_limit")) for part in PARTS):
         if limit is not None and limit < 1:
             raise ValueError(f"data.{part}_limit is {limit} rows of a client, expected 1 or more")
+    if division.evaluated not in ("test", "validation"):
+        raise ValueError(f"data.evaluated is {division.evaluated!r}, expected 'test' or 'validation'")
+    if division.evaluated == "validation" and not division.validation:
+        raise ValueError(
+            "data.evaluated is 'validation', but data.validation is 0, expected a share of a client's rows"
+        )
     own_tests = "test" in clients
     out = []
     for client, rows in enumerate(clients["train"]):

