@@ -131,7 +131,7 @@ PROMPTS = {
     "flan": "Follow the instruction and answer briefly.",
 }
 METHODS = {
-    "fedamole": {"name": "fedamole"},
+    "fedamole": {"name": "fedamole", "embed_on": "aux"},
     "fedamole_static": {"name": "fedamole", "assign": "static"},
     "fedamole_random": {"name": "fedamole", "assign": "random"},
     "fedamole_homogeneous": {"name": "fedamole", "assign": "static", "homogeneous": True},

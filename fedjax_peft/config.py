@@ -3,7 +3,7 @@
 import copy
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -229,8 +229,8 @@ def identity(config: ConfigDict) -> dict[str, Any]:
     return {key: value for key, value in config.to_dict().items() if key != "run"}
 
 
-def check_numbers(config: ConfigDict) -> None:
-    """Raises ValueError for a number that no experiment can have."""
+def check_numbers(config: ConfigDict, prefix: str = "") -> None:
+    """Raises ValueError for a number that no experiment can have; `prefix` says of which part, with a dot."""
     least = {
         "rounds": 0,
         "cohort": 1,
@@ -248,18 +248,24 @@ def check_numbers(config: ConfigDict) -> None:
     for key, bound in least.items():
         value = functools.reduce(lambda node, part: node[part], key.split("."), config)
         if value is not None and value < bound:
-            raise ValueError(f"{key} is {value}, expected {bound} or more")
+            raise ValueError(f"{prefix}{key} is {value}, expected {bound} or more")
     if config.run.watchdog_minutes <= 0:
         raise ValueError(f"run.watchdog_minutes is {config.run.watchdog_minutes}, expected more than 0")
     if not 0 < config.evaluate.rank_tolerance < 1:
         raise ValueError(f"evaluate.rank_tolerance is {config.evaluate.rank_tolerance}, expected between 0 and 1")
     if not 0 <= config.dropout_rate < 1:
         raise ValueError(f"dropout_rate is {config.dropout_rate}, expected at least 0 and below 1")
-    check_choices(config)
+    check_choices(config, prefix)
 
 
-def check_choices(config: ConfigDict, prefix: str = "") -> None:
-    """Raises ValueError for a setting that what is chosen does not read, so that it would change nothing."""
+def check_choices(config: ConfigDict, prefix: str = "", keys: Collection[str] | None = None) -> None:
+    """Raises ValueError for a setting that what is chosen does not read, so that it would change nothing.
+
+    Args:
+      config: all of it.
+      prefix: of which part, for sentences.
+      keys: that are looked at, such as `optimizer.momentum`; None: all.
+    """
     usual = default_config()
     for choice, readers in CHOICES.items():
         path, _, name = choice.rpartition(".")
@@ -267,9 +273,11 @@ def check_choices(config: ConfigDict, prefix: str = "") -> None:
             functools.reduce(lambda node, part: node[part], path.split("."), of) for of in (config, usual)
         )
         for key, values in readers.items():
-            if section[name] not in values and section[key] != plain[key]:
-                said = f"{prefix}{path}.{key} is {section[key]}, but {choice} is {section[name]!r}"
-                raise ValueError(f"{said}, expected {' or '.join(map(repr, values))}")
+            looked_at = keys is None or f"{path}.{key}" in keys
+            if looked_at and section[name] not in values and section[key] != plain[key]:
+                said = f"{prefix}{path}.{key} is {section[key]}, but {prefix}{choice} is {section[name]!r}"
+                wanted = " or ".join(map(repr, values))
+                raise ValueError(f"{said}, expected {wanted}, or {prefix}{path}.{key} at its default, {plain[key]}")
     for name, section in FROM_SECTIONS.items():
         if name in config.algorithm:
             said = f"{prefix}algorithm.{name} is {config.algorithm[name]!r}"

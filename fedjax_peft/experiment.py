@@ -52,8 +52,9 @@ def run(config: ConfigDict, workdir: str, begin: Callable[[str], None] = lambda 
         return _study(config, workdir)
     config = checked(config)
     stages = _stages(config)
-    for stage in stages:
-        check_numbers(stage)
+    for stage in stages[:-1]:
+        check_numbers(stage, "base.")
+    check_numbers(config)
     # Most data divide their rows by these, without naming them.
     settings_lib.check_types("data", prompted.Division, config.data.to_dict())
     if config.evaluate.every is None:
@@ -67,7 +68,7 @@ def run(config: ConfigDict, workdir: str, begin: Callable[[str], None] = lambda 
     if not built[-1].points:
         raise ValueError("personalize needs either steps or epochs, which may be 0")
     if len(stages) == 2:
-        _check_first(stages[0], built[0].algorithm)
+        _check_first(stages[0], built[0].algorithm, ground.pretrained.base)
         folder = _base_workdir(config, workdir)
         _train(stages[0], ground, built[0], folder, begin, last=False)
         ground, _ = _further(ground, built[0], folder, config.run.chunk)
@@ -153,13 +154,15 @@ def _stages(config: ConfigDict) -> list[ConfigDict]:
     return [config] if config.base.name == "pretrained" else [stage_one(config), config]
 
 
-def _check_first(config: ConfigDict, algorithm: Algorithm) -> None:
+def _check_first(config: ConfigDict, algorithm: Algorithm, base: PyTree) -> None:
     """Raises ValueError for a stage 1 that leaves no base to go on from."""
     if algorithm.shared is None:
         name = config.algorithm.name
         raise ValueError(f"base.algorithm.name is {name!r}, which trains no model that all clients share, as a base is")
     if not config.rounds:
         raise ValueError("base.rounds is 0, expected 1 or more")
+    server = jax.eval_shape(algorithm.init, jax.random.key(0))
+    jax.eval_shape(lambda base, server: adapters.merge(base, algorithm.shared(server)), base, server)
 
 
 def _kept(config: ConfigDict, workdir: epath.PathLike) -> epath.PathLike:

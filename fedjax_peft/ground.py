@@ -4,6 +4,7 @@ import functools
 import hashlib
 import inspect
 import logging
+import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -67,15 +68,18 @@ def load(config: ConfigDict, seed: int) -> Ground:
     return Ground(federation, pad, pretrained, hashes, kept=kept if trim else None)
 
 
-def aux(config: ConfigDict, ground: Ground, algorithm: str) -> dict[str, PyTree]:
-    """Examples that clients hold out of training, `[N, ..]`, for the algorithm of that name.
+def aux(config: ConfigDict, ground: Ground, algorithm: str, setting: str) -> dict[str, PyTree]:
+    """Examples that clients hold out of training, `[N, ..]`, for the algorithm of that name, whose `setting` asks.
 
     Raises:
       ValueError: the data have none, or a client has none.
     """
     store, asked = ground.federation.aux, f"algorithm {algorithm} reads examples held out of training"
     if store is None:
-        raise ValueError(f"{asked}, but data.name {config.data.name!r} holds none out: raise data.aux or take others")
+        name = config.data.name
+        raise ValueError(
+            f"{asked}, but data.name {name!r} holds none out: raise data.aux, or algorithm.{setting}=train"
+        )
     if without := np.flatnonzero(federated.sizes(store) == 0).tolist():
         raise ValueError(f"{asked}, but client {ground.federation.names[without[0]]} holds none out")
     (width,) = federated.widths_for([store], config.max_length, count=1)
@@ -137,7 +141,8 @@ def prompt(config: ConfigDict) -> np.ndarray | None:
     if isinstance(said, str):
         tokenizer = make_tokenizer(config.model.source)
         said = tokenizer.encode([said], max_length=config.max_length, special=False).tokens
-    return np.asarray(said, np.int32) if isinstance(said, np.ndarray | Sequence) else None
+    ids = isinstance(said, np.ndarray | Sequence) and all(isinstance(one, numbers.Integral) for one in said)
+    return np.asarray(said, np.int32) if ids else None
 
 
 def spelling(config: ConfigDict, ground: Ground) -> tokenizers.Tokenizer:

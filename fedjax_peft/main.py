@@ -195,6 +195,8 @@ def _flags(arguments: list[str], needed: dict[str, str], further: flags.FlagValu
         values.config.keys()
     except OSError as error:
         raise ValueError(" ".join(str(error).split())) from None
+    except AttributeError:
+        pass  # of no config
     if not isinstance(values.config, ConfigDict):
         kind = type(values.config).__name__
         raise ValueError(f"get_config of --config gives a {kind}, expected experiment.default_config() with changes")
@@ -215,14 +217,15 @@ def _parse(values: flags.FlagValues, arguments: list[str], needed: Sequence[str]
     except ValueError:
         raise
     except Exception as error:  # whatever a config file may do
-        path = next((part for part in re.split(r"[= :]", " ".join(arguments)) if part.endswith(".py")), "the config")
-        raise ValueError(_sentence(f"{path}: {''.join(traceback.format_exception(error))}")) from None
+        path = re.search(r"--config[= ]([^: ]*)", " ".join(arguments))
+        raise ValueError(_sentence(f"{path and path[1]}: {''.join(traceback.format_exception(error))}")) from None
     if rest:
         known = [f"--{name}=.." for name in needed] + ["--config.KEY=VALUE"] * ("config" in needed)
         raise ValueError(f"{rest[0]!r} is no flag; flags are {', '.join(known)}")
     for name in needed:
         if values[name].value is None:
-            raise ValueError(f"--{name} is missing")
+            given = "gives nothing: does get_config return its config?" if values[name].present else "is missing"
+            raise ValueError(f"--{name} {given}")
 
 
 def _sentence(text: str) -> str:

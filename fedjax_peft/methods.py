@@ -126,7 +126,8 @@ def make(
         settings["server_optimizer"] = called("server", aggregate.server_optimizer, **config.server)
         key = "learning_rate" if config.server.name == "average" else "name"
         elsewhere["server_optimizer"] = f"server.{key} is {config.server[key]!r}"
-    if config.rounds and (config.schedule.name != "constant" or config.schedule.warmup):
+    changing = config.schedule.name != "constant" or config.schedule.warmup
+    if config.rounds and (changing or "schedule" in inspect.signature(factory).parameters):
         settings["schedule"] = called("schedule", local.make_schedule, rounds=config.rounds, **config.schedule)
         key = "warmup" if config.schedule.name == "constant" else "name"
         elsewhere["schedule"] = f"schedule.{key} is {config.schedule[key]!r}"
@@ -180,11 +181,11 @@ def folded(config: ConfigDict, model: Model) -> Model:
     return adapters.merged(model) if config.adapter.kind == "full" else model
 
 
-def wants_aux(config: ConfigDict) -> bool:
-    """Whether the method reads examples that clients hold out of training."""
+def wants_aux(config: ConfigDict) -> str | None:
+    """The setting by which the method reads examples that clients hold out of training; None if it does not."""
     settings = {**_defaults(find(config.algorithm.name)), **config.algorithm.to_dict()}
-    embeds = settings.get("assign", "data") == "data"
-    return "aux" in (settings.get(name) for name in ("fuse_on", "fit_on", *(["embed_on"] * embeds)))
+    names = ["fuse_on", "fit_on"] + ["embed_on"] * (settings.get("assign", "data") == "data")
+    return next((name for name in names if settings.get(name) == "aux"), None)
 
 
 def unset(config: ConfigDict) -> dict[str, dict[str, Any]]:
@@ -212,9 +213,7 @@ def _settings(config: ConfigDict, kept: np.ndarray | None = None) -> dict[str, A
     settings = config.algorithm.to_dict()
     if (tokens := prompt(config)) is not None:
         if kept is not None and not np.isin(tokens, kept).all():
-            raise ValueError(
-                "algorithm.prompt of a point cannot have tokens that neither data nor the run's prompt have"
-            )
+            raise ValueError("algorithm.prompt has tokens that neither the data nor the prompt of the run have")
         settings["prompt"] = tuple((tokens if kept is None else np.searchsorted(kept, tokens)).tolist())
     return settings
 
@@ -248,7 +247,8 @@ def rivals(
         if not trained:
             # It trains in no rounds, for which these are.
             settings.server, settings.schedule = usual.server, usual.schedule
-        check_choices(settings, f"points.{name}: ")
+        own = {f"{section}.{key}" for section, values in sections.items() for key in values}
+        check_choices(settings, f"points.{name}.", own)
         method = make(settings, model, task, base, clients, parts=parts, kept=kept)
         if not trained and any(method.traffic(jax.eval_shape(method.init, jax.random.key(0)))):
             raise ValueError(f"points.{name}: {settings.algorithm.name} learns in rounds, so it needs a run of its own")

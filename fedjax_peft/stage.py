@@ -88,8 +88,9 @@ def _clients(
     observed: dict[str, np.ndarray],
 ) -> tuple[loop.Clients, dict[str, loop.Point]]:
     """Who takes part, and how they are evaluated in the end; their constants are `observed` and what data say."""
-    asking = [own.algorithm.name for own in (config, *(own for *_, own in rivals)) if methods.wants_aux(own)]
-    held = grounds.aux(config, ground, asking[0]) if asking else {}
+    every = (config, *(own for *_, own in rivals))
+    asking = [(own.algorithm.name, setting) for own in every if (setting := methods.wants_aux(own))]
+    held = grounds.aux(config, ground, *asking[0]) if asking else {}
     known = {**observed, **held} | ({} if ground.parts is None else {"part": ground.parts})
     clients = grounds.clients(config, ground.federation, ground.pad, known)
     return clients, _points(config, ground.federation, ground.pad, known, algorithm, rivals)

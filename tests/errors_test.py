@@ -93,6 +93,8 @@ FILES = {
     "line 1: SyntaxError": "def get_config(:\n",
     "line 2: ValueError: no such size": "def get_config():\n    raise ValueError('no such size')\n",
     "get_config of --config gives a dict, expected experiment": "def get_config():\n    return {'rounds': 1}\n",
+    "get_config of --config gives a list, expected experiment": "def get_config():\n    return [1]\n",
+    "--config gives nothing: does get_config return its config?": "def get_config():\n    pass\n",
     "has no attribute 'get_config'": "rounds = 1\n",
 }
 

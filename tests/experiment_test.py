@@ -282,7 +282,13 @@ MISTAKES = {
         "algorithm": {"name": "fedmutual"},
     },
     "adapter.kind 'full' cannot go on from a base of feddpa": {"base": {"name": "feddpa"}, "adapter": {"kind": "full"}},
-    "optimizer.momentum is 0.9, but optimizer.name is 'adamw', expected 'sgd'": {"optimizer": {"momentum": 0.9}},
+    "virtual tokens make texts longer: they cannot be merged": {
+        "base": {"algorithm": {"name": "fedprompt", "prompt": (3, 4)}}
+    },
+    "^optimizer.momentum is 0.9, but optimizer.name is 'adamw', expected 'sgd', or optimizer.momentum at its default": {
+        "optimizer": {"momentum": 0.9}
+    },
+    "^base.optimizer.momentum is 0.9, but base.optimizer.name is 'adamw'": {"base": {"optimizer": {"momentum": 0.9}}},
     "server.momentum is 0.5, but server.name is 'average', expected 'momentum' or 'adam'": {
         "server": {"momentum": 0.5}
     },
@@ -370,7 +376,7 @@ REFUSED = {
         "algorithm": {"name": "fedl2p"},
         "schedule": {"name": "cosine"},
     },
-    "^points.x: optimizer.momentum is 0.5, but optimizer.name is 'adamw'": point(optimizer={"momentum": 0.5}),
+    "^points.x.optimizer.momentum is 0.5, but points.x.optimizer.name is 'adamw'": point(optimizer={"momentum": 0.5}),
     "^algorithm.rate is 'fast', expected a number": {"algorithm": {"name": "fedp2eft", "rate": "fast"}},
     "^algorithm.proximal is 'x', expected a number": PLAIN | {"algorithm": {"name": "fedit", "proximal": "x"}},
     "^model.dtype is 'bfloat16', in which the differences of algorithm.hvp 'fd' are lost": PLAIN

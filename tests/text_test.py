@@ -151,10 +151,7 @@ def test_mistakes_are_named(tmp_path):
 
 def test_benchmark_files(benchmarks):
     news = {
-        split: text.read_configs(
-            benchmarks / "masakhanews", ["lin", "yor"], split=split, columns=["headline_text", "label"]
-        )
-        for split in ("train", "test")
+        split: text.read_configs(benchmarks / "masakhanews", ["lin", "yor"], split=split) for split in ("train", "test")
     }
     splits, names = text.with_labels(
         news, names=["business", "entertainment", "health", "politics", "religion", "sports", "technology"]

@@ -52,10 +52,16 @@ class Server:
     adapters: PyTree  # the head, and at every site a Mixture of all E experts
     slots: Array  # [J, N, U] int32: experts of each client at each of J sites, E where a slot is empty
     scores: Array  # [J, E, N] that the next assignment follows
-    spent: Array | tuple[()]  # [N] budget of differential privacy of each client so far; () without noise
     known: Known | tuple[()]  # () where the assignment does not ask
     seed: Array  # [] uint32, of random assignments
     round: Array  # [] int32
+
+
+@struct.dataclass
+class NoisyServer(Server):
+    """The server of clients that add noise."""
+
+    spent: Array  # [N] budget of differential privacy that each client has spent
 
 
 @struct.dataclass
@@ -167,15 +173,15 @@ def fedamole(
         trained, fixed = _parted(adapters)
         adapters = trees.join(jax.tree.map(lambda leaf: leaf.astype(adapter_dtype), trained), fixed)
         scores = jax.random.uniform(jax.random.fold_in(key, SCORES), (layout.sites, experts, clients))
-        return Server(
+        server = Server(
             adapters=adapters,
             slots=jnp.full((layout.sites, clients, most), experts, jnp.int32),
             scores=scores,
-            spent=jnp.zeros(clients, jnp.float32) if noise.kind == "corrected" else (),
             known=expert_embeddings.unknown(adapters, clients) if assign == "data" else (),
             seed=jax.random.bits(jax.random.fold_in(key, SCORES - 1), dtype=jnp.uint32),
             round=jnp.int32(0),
         )
+        return NoisyServer(**vars(server), spent=jnp.zeros(clients)) if noise.kind == "corrected" else server
 
     def init_client(server, client_id, key):
         del server, key
@@ -244,9 +250,11 @@ def fedamole(
             keys = {path: leaves.get("keys") for path, leaves in means.items()}
             known = expert_embeddings.learnt(server.known, sums.clients, sums.seen, keys, embedded)
             server = server.replace(known=known, scores=expert_embeddings.scores(layout, known, server.adapters))
-        server = server.replace(spent=trees.add(server.spent, sums.spent))
-        spent = {"dp_spent": jnp.max(server.spent)} if noise.kind == "corrected" else {}
-        return server, {"experts_updated": jnp.mean((sums.holders > 0).astype(jnp.float32))} | spent
+        metrics = {"experts_updated": jnp.mean((sums.holders > 0).astype(jnp.float32))}
+        if noise.kind == "corrected":
+            server = server.replace(spent=server.spent + sums.spent)
+            metrics["dp_spent"] = jnp.max(server.spent)
+        return server, metrics
 
     def personalize(base, server, client, batches, key):
         return train(base, server, client, batches, key, personal_rate)[0]
