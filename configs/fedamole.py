@@ -49,38 +49,40 @@ runs, and which `dp="reference"` draws once instead of anew at each read. Their 
 
 Published (second hand): +5.97 % on average over the seven scenarios, of which no cell is public. The small version, by
 commands as above with `--config.seed=S --config.data.seed=S` for S of 42, 62 and 82 (two to ten minutes a run on one
-CPU core, jax 0.10.2): accuracy of `snli_1`, ROUGE-L of the others, in %, mean over clients, mean ± sample deviation
-over seeds, and in brackets how many there are where they are fewer:
+core of a CPU with AVX-512, three times as long with AVX2; jax 0.10.2): accuracy of `snli_1`, ROUGE-L of the others, in
+%, mean over clients, mean ± sample deviation over seeds, and in brackets how many there are where they are fewer:
 
                                    snli_1                ni             flan1             flan2
-    base                       35.9 ± 3.2     7.8 ± 0.8 (2)        17.3 ± 3.4        12.2 ± 1.4
-    FedIT                      36.9 ± 1.9    29.1 ± 0.9 (2)        46.1 ± 4.2        34.3 ± 3.3
-    FedIT-FT                   58.4 ± 8.3    25.7 ± 2.1 (2)        46.4 ± 3.2        36.1 ± 3.6
-    FedIT-FT, matched          55.9 ± 9.9    28.8 ± 2.5 (2)        51.2 ± 3.9        35.4 ± 7.1
-    FedPrompt                  33.1 ± 5.5          13.8 (1)        44.0 ± 2.7        29.6 ± 1.9
-    FedPrompt-FT               50.0 ± 3.2          21.8 (1)        33.4 ± 5.0        31.0 ± 6.9
-    FedPTuning                 33.6 ± 4.7          13.6 (1)        35.1 ± 3.7        26.3 ± 9.5
-    FedPTuning-FT             45.0 ± 13.6          16.7 (1)        29.0 ± 1.9        34.9 ± 2.2
-    FDLoRA                    53.1 ± 10.1    28.8 ± 1.0 (2)        49.3 ± 1.8        34.1 ± 3.7
-    FedAMoLE                  55.8 ± 10.2    31.7 ± 0.7 (2)        47.9 ± 5.9        37.3 ± 3.8
+    base                       35.9 ± 3.2         7.8 ± 0.6        17.3 ± 3.4        12.2 ± 1.4
+    FedIT                      36.9 ± 1.9        27.1 ± 3.5        46.1 ± 4.2        34.3 ± 3.3
+    FedIT-FT                   58.4 ± 8.3        27.3 ± 3.1        46.4 ± 3.2        36.1 ± 3.6
+    FedIT-FT, matched          55.9 ± 9.9        25.4 ± 6.3        51.2 ± 3.9        35.4 ± 7.1
+    FedPrompt                  33.1 ± 5.5    13.7 ± 0.1 (2)        44.0 ± 2.7        29.6 ± 1.9
+    FedPrompt-FT               50.0 ± 3.2    18.4 ± 4.8 (2)        33.4 ± 5.0        31.0 ± 6.9
+    FedPTuning                 33.6 ± 4.7    11.6 ± 2.9 (2)        35.1 ± 3.7        26.3 ± 9.5
+    FedPTuning-FT             45.0 ± 13.6    13.6 ± 4.3 (2)        29.0 ± 1.9        34.9 ± 2.2
+    FDLoRA                    53.1 ± 10.1        27.8 ± 1.8        49.3 ± 1.8        34.1 ± 3.7
+    FedAMoLE                  55.8 ± 10.2        29.4 ± 3.9        47.9 ± 5.9        37.3 ± 3.8
     most frequent label       60.7
 
 Step sizes were chosen by exact matches on `flan2` after two rounds with seed 7: of 5e-4, 2e-3 and 5e-3 for FedIT (.22,
 .30, .31) and FedAMoLE (.22, .28, .25), both 2e-3 as then all LoRAs (a quarter less loss than 5e-3); of 3e-3, 1e-2 and
-3e-2 for FedPrompt (.20, .20, .17); of 2e-4, 7e-4, 2e-3 and 5e-3 for FedPTuning (.09, .09, .18, .16).
+3e-2 for FedPrompt (.20, .20, .17); of 2e-4, 7e-4, 2e-3 and 5e-3 for FedPTuning (.09, .09, .18, .16). Its tests are
+another draw of the 200 a task that those of the column `flan2` are drawn from too. Not measured: FedMutual and FedAPEN,
+which no script of the study runs, FedAMoLE's ablations, and Dolly, whose rows only the hub has.
 
 To be read with care: clients have 30 tests (`snli_1`) or 8, and 25 examples a client teach a form of answer and which
 answers are frequent, little more. On `snli_1` nothing comes to a client's most frequent label, and local steps win that
-label alone. FedAMoLE is the best of all on `flan2` and on what there is of `ni`, behind the matched LoRA and FDLoRA on
-`flan1`, behind FedIT-FT and the matched LoRA on `snli_1`. Differences to FedIT-FT by seed: -7.0, -1.0, +0.0 (snli_1);
-+3.3, +3.0, -1.6 (flan1); +1.2, +0.9, +1.6 (flan2). To the LoRA of as many parameters: -5.7, +0.0, +5.3; -3.7, +1.4,
--7.6; +5.7, +0.9, -0.9. To FDLoRA: -2.0, +2.3, +7.7; +4.2, +2.0, -10.1; -4.5, +4.9, +9.1. Of these nine only the
-differences to FedIT-FT on `flan2` have one sign, and they are one point; on `ni` those to FedIT-FT are +5.0, +7.0, to
-FedIT's mean +3.7, +1.4. The three averages over `snli_1`, `flan1` and `flan2` (`fedjax-peft gains`): -4.6, -6.4 and
-+3.4 % by scenario, -2.5 % on average; -1.6 % over both FLAN sets; -1.0 % of the means over all, against the matched
-LoRA. So these runs do not show the published gain; they are too short to. A rate that teaches answers in 25 examples is
-too large for losses: that of FedIT's mean is .81 and 1.17 on `flan1` and `flan2`, FDLoRA's .78 and 1.14, FedAMoLE's .98
-and 1.28, FedIT-FT's 1.00 and 1.21.
+label alone. FedAMoLE is the best of all on `ni` and `flan2`, behind the matched LoRA and FDLoRA on `flan1`, behind
+FedIT-FT and the matched LoRA on `snli_1`. Differences to FedIT-FT by seed: -7.0, -1.0, +0.0 (snli_1); +5.0, +7.0, -5.5
+(ni); +3.3, +3.0, -1.6 (flan1); +1.2, +0.9, +1.6 (flan2). To the LoRA of as many parameters: -5.7, +0.0, +5.3; +5.1,
++0.5, +6.6; -3.7, +1.4, -7.6; +5.7, +0.9, -0.9. To FDLoRA: -2.0, +2.3, +7.7; +2.6, +3.1, -1.0; +4.2, +2.0, -10.1; -4.5,
++4.9, +9.1. Of these twelve two have one sign, to FedIT-FT on `flan2` and to the matched LoRA on `ni`; so has that to
+FedIT's mean on `ni` (+3.7, +1.4, +1.8). The three averages (`fedjax-peft gains`): by scenario -4.6 (snli_1), +5.7 (ni),
+-6.4 and +3.4 % (flan1, flan2), -0.5 % on average; -1.6 % over both FLAN sets; +1.4 % of the means over all, against
+FedIT-FT. So these runs neither show nor refute the published gain; they are too short to. A rate that teaches answers
+in 25 examples is too large for losses: that of FedIT's mean is .81 and 1.17 on `flan1` and `flan2`, FDLoRA's .78 and
+1.14, FedAMoLE's .98 and 1.28, FedIT-FT's 1.00 and 1.21.
 
 Mean over the seeds that there are of each client (those of `snli_1` differ between seeds):
 
@@ -105,16 +107,16 @@ Mean over the seeds that there are of each client (those of `snli_1` differ betw
     word_segment                   9.3       9.3      18.6      47.3      14.1      14.4      12.0      40.6
 
     ni                            base     FedIT       -FT   matched Prompt-FT   PTun-FT    FDLoRA  FedAMoLE
-    quoref_answer_generation       2.6      27.4      10.4      12.5      15.6       3.2      20.8      27.1
-    commonsenseqa_answer_gen       4.4      43.8      18.8      18.8      33.3      21.9      31.2      25.0
-    evalution_relation_extra      21.9      49.8      39.2      46.7      18.1      34.1      58.1      61.2
-    samsum_summary/0              13.2      14.2      20.8      27.0      15.2      14.3      19.2      32.3
-    diplomacy_text_generatio       5.6       5.9      10.6       8.7       7.9       9.7       5.2       8.9
-    sentiment140_classificat       8.2      50.0      37.5      50.0      17.5       3.5      81.2      37.5
-    personachat_generate_nex       9.5      13.9      13.2      14.0       8.2       5.8      14.3      12.2
-    outcome_extraction/0           7.3      47.1      56.2      56.2      37.5      11.2      13.9      56.2
-    sst2_polarity_classifica       1.8      37.5      50.0      50.0      63.6      56.2      37.5      50.0
-    sciq_answer_generation/0       3.7       1.4       0.0       4.7       1.4       7.0       6.2       6.2
+    quoref_answer_generation       3.0      22.4      11.1      18.1      17.7       9.9      21.6      25.0
+    commonsenseqa_answer_gen       3.4      41.7      16.7      16.7      17.5      17.2      25.0      20.8
+    evalution_relation_extra      22.0      48.9      47.6      50.7      21.8      28.1      56.8      63.0
+    samsum_summary/0              13.0      15.8      22.4      23.8      12.9      11.9      21.4      28.4
+    diplomacy_text_generatio       6.0       7.0      10.4       8.6       7.3       7.6       5.8       9.0
+    sentiment140_classificat       6.7      33.3      54.2      33.3      27.5       9.0      54.1      41.7
+    personachat_generate_nex       9.7      12.7      14.3      16.0      14.2       7.6      17.6      14.6
+    outcome_extraction/0           5.7      35.6      50.0      41.6      21.3       7.2      21.8      45.8
+    sst2_polarity_classifica       3.9      45.8      45.8      41.7      40.5      34.2      45.8      41.7
+    sciq_answer_generation/0       5.0       7.9       0.0       3.1       3.2       3.5       8.3       4.1
 """
 
 from fedjax_peft import experiment
