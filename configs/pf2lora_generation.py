@@ -85,6 +85,7 @@ def get_config(variant: str = "webnlg"):
         config.optimizer.learning_rate = 1e-3
         config.evaluate.every = 1000
         config.evaluate.base = method == "homlora"  # all methods begin with the same
+        config.evaluate.end = method == "pf2lora"  # whose common adapters alone are nobody's; HOMLoRA's are everybody's
         config.evaluate.generate = 48
         config.run.scan = True
         config.run.chunk = 4 if data == "webnlg" else 3
