@@ -17,7 +17,8 @@ are not public and ours. `published` is GPT-2 Medium with the recipe that LoRA's
 32, dropout .1, label smoothing .1, 500 steps of warm-up; ten beams, a length penalty of .8, no four tokens twice in an
 answer), with eight clients, and with the metrics of the two data sets' own scripts, BLEU first; METEOR matches words
 and stems, not synonyms, and is not to be compared with published values. The small version has SmolLM2-135M in its
-place, decodes greedily and judges answers one by one. Its results are still to be measured.
+place, decodes greedily and judges answers one by one. Methods are still to be compared: with seed 0 and rates that
+nobody tuned, E2E's 34 tests have a ROUGE-L of .185 on the base, .648 with HOMLoRA and .643 with HETLoRA.
 """
 
 from fedjax_peft import experiment
