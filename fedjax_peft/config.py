@@ -252,9 +252,11 @@ def check_numbers(config: ConfigDict, prefix: str = "") -> None:
     if config.run.watchdog_minutes <= 0:
         raise ValueError(f"run.watchdog_minutes is {config.run.watchdog_minutes}, expected more than 0")
     if not 0 < config.evaluate.rank_tolerance < 1:
-        raise ValueError(f"evaluate.rank_tolerance is {config.evaluate.rank_tolerance}, expected between 0 and 1")
+        raise ValueError(
+            f"{prefix}evaluate.rank_tolerance is {config.evaluate.rank_tolerance}, expected between 0 and 1"
+        )
     if not 0 <= config.dropout_rate < 1:
-        raise ValueError(f"dropout_rate is {config.dropout_rate}, expected at least 0 and below 1")
+        raise ValueError(f"{prefix}dropout_rate is {config.dropout_rate}, expected at least 0 and below 1")
     check_choices(config, prefix)
 
 

@@ -251,7 +251,7 @@ def _train(
             stage.task,
             placed,
             stage.strategy,
-            grounds.answers(config, ground, stage.model),
+            stage.answers,
         ),
         stage.clients,
         stage.points if last else {},

@@ -126,6 +126,7 @@ def make(
         settings["server_optimizer"] = called("server", aggregate.server_optimizer, **config.server)
         key = "learning_rate" if config.server.name == "average" else "name"
         elsewhere["server_optimizer"] = f"server.{key} is {config.server[key]!r}"
+    # What would change nothing is given to methods that name it, and spared to those that have no use for it.
     changing = config.schedule.name != "constant" or config.schedule.warmup
     if config.rounds and (changing or "schedule" in inspect.signature(factory).parameters):
         settings["schedule"] = called("schedule", local.make_schedule, rounds=config.rounds, **config.schedule)

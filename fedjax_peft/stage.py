@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ class Stage(NamedTuple):
     mesh: Mesh
     model: Model
     task: Task
+    answers: Callable[..., Iterable]  # as of `ground.answers`
     algorithm: Algorithm
     rivals: list[tuple[str, Algorithm, ConfigDict]]
     strategy: loop.Strategy | None
@@ -42,10 +44,10 @@ class Stage(NamedTuple):
             if settings.algorithm.name == config.algorithm.name:
                 _check_same(name, settings, config, rival, algorithm)
         _check_forks(model, base, ground.federation.test)
-        grounds.answers(config, ground, model)  # which has to have room, now and not after the rounds
+        answers = grounds.answers(config, ground, model)
         mesh = rounds.make_mesh(config.run.mesh.clients, config.run.mesh.model)
         clients = _clients(config, ground, algorithm, rivals, {})
-        return cls(mesh, model, task, algorithm, rivals, methods.strategy(config, base, rivals), *clients)
+        return cls(mesh, model, task, answers, algorithm, rivals, methods.strategy(config, base, rivals), *clients)
 
 
 def _check_forks(model: Model, base: PyTree, tests: federated.Store) -> None:
