@@ -83,11 +83,12 @@ def get_config(variant: str = "webnlg"):
         config.data.test_limit = 12
         config.rounds = 5
         config.train.steps = 5
-        config.optimizer.learning_rate = 1e-3
+        config.optimizer.learning_rate = 3e-3
         config.evaluate.every = 1000
         config.evaluate.base = method == "homlora"  # all methods begin with the same
         config.evaluate.end = method == "pf2lora"  # whose common adapters alone are nobody's; HOMLoRA's are everybody's
         config.evaluate.generate = 48
+        config.evaluate.batch, config.evaluate.pack = 12, 1  # the tests of a client
         config.run.scan = True
         config.run.chunk = 4 if data == "webnlg" else 3
     config.train.batch = batch * minibatches

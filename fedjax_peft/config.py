@@ -311,7 +311,9 @@ def call(
         return function(*arguments, **settings)
     except TypeError as error:
         # From a function that it passed them on to.
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if unknown is None or unknown[1] not in settings:
+        refused = re.search(r"(unexpected|multiple values for) keyword argument '(\w+)'", str(error))
+        if refused is None or refused[2] not in settings:
             raise
-        raise ValueError(settings_lib.unknown(key, unknown[1], function, (), elsewhere)) from None
+        if refused[1] == "unexpected":
+            raise ValueError(settings_lib.unknown(key, refused[2], function, (), elsewhere)) from None
+        raise ValueError(f"{key}.{refused[2]} cannot be set, because {function.__name__} sets it itself") from None

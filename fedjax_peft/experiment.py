@@ -52,19 +52,20 @@ def run(config: ConfigDict, workdir: str, begin: Callable[[str], None] = lambda 
         return _study(config, workdir)
     config = checked(config)
     stages = _stages(config)
+    # What both stages share is the config's own mistake.
+    check_numbers(config)
     for stage in stages[:-1]:
         check_numbers(stage, "base.")
-    check_numbers(config)
     # Most data divide their rows by these, without naming them.
     settings_lib.check_types("data", prompted.Division, config.data.to_dict())
     if config.evaluate.every is None:
-        raise ValueError("evaluate.every is None, expected 1 or more rounds; the base and the end are always evaluated")
+        raise ValueError("evaluate.every is None, expected 1 or more rounds")
     manifest.check(workdir, identity(config))
     # The seed of the first stage draws a new head: what that stage adds belongs to it.
     begin("data and base")
     ground = grounds.load(config, stages[0].seed)
     # All stages are built before the first of them takes its time.
-    built = [Stage.make(stage, ground) for stage in stages]
+    built = _built(stages, ground)
     if not built[-1].points:
         raise ValueError("personalize needs either steps or epochs, which may be 0")
     if len(stages) == 2:
@@ -74,6 +75,15 @@ def run(config: ConfigDict, workdir: str, begin: Callable[[str], None] = lambda 
         ground, _ = _further(ground, built[0], folder, config.run.chunk)
         built[-1] = Stage.make(config, ground)
     return _train(config, ground, built[-1], workdir, begin)
+
+
+def _built(stages: list[ConfigDict], ground: Ground) -> list[Stage]:
+    *first, last = stages
+    built = Stage.make(last, ground)
+    try:
+        return [*(Stage.make(stage, ground) for stage in first), built]
+    except ValueError as error:
+        raise ValueError(f"base: {error}") from error
 
 
 class Personalized(NamedTuple):

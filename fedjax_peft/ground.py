@@ -88,8 +88,11 @@ def aux(config: ConfigDict, ground: Ground, algorithm: str, setting: str) -> dic
 
 def judge(config: ConfigDict, ground: Ground) -> Callable | None:
     """What compares written answers with references, if the config asks for that."""
-    if not config.evaluate.generate or ground.federation.task != "causal":
+    if not config.evaluate.generate:
         return None
+    if ground.federation.task != "causal":
+        said = f"evaluate.generate is {config.evaluate.generate}, but nobody writes answers to {config.data.name!r}"
+        raise ValueError(f"{said}, expected 0")
     measures = tuple(config.evaluate.measures)
     unknown = [name for name in measures if name not in text_metrics.METRICS]
     if unknown:

@@ -5,6 +5,7 @@ import logging
 import pathlib
 import re
 import sys
+import sysconfig
 import traceback
 from collections.abc import Sequence
 
@@ -24,7 +25,8 @@ USAGE = """usage: fedjax-peft COMMAND [flags]
   bench   --population=1000,100000 [--cohort=32 --rounds=40 --kilobytes=1000 --every=5 --folder=DIR
            --output=population.json]              time and memory of rounds whose clients have large states on disk
   generate  --workdir=DIR --client=K|NAME --prompt=TEXT [--template=plain|alpaca|alpaca_turn|chat --tokens=128
-           --temperature=0 --top_p=1 --top_k=0]   what the personalized model of one client of a finished run answers
+           --temperature=0 --top_p=1 --top_k=0 --seed=0]
+                                                  what the personalized model of one client of a finished run answers
   export  --workdir=DIR --client=K|NAME|global --output=FOLDER [--point=NAME --merged]
                                                   adapters of that client, or of the server, for peft; or the whole
                                                   model for transformers
@@ -150,6 +152,10 @@ def generate(arguments: list[str]) -> None:
     )
     flags.DEFINE_integer("seed", 0, "of what is drawn", flag_values=own)
     _parse(own, arguments, ("workdir", "client", "prompt"))
+    if not own.temperature:
+        for name in ("top_p", "top_k", "seed"):
+            if own[name].value != own[name].default:
+                raise ValueError(f"--{name} is {own[name].value}, but nothing is drawn with --temperature=0")
     import jax
 
     from fedjax_peft import asking
@@ -239,8 +245,21 @@ def _sentence(text: str) -> str:
 
 
 def _mistake(error: ValueError) -> int:
-    print(f"fedjax-peft: {error}", file=sys.stderr)
+    lines = [line for one in (error.__cause__, error) if one is not None for line in _lines_of_users(one)]
+    print(f"fedjax-peft: {error}{f' ({lines[-1]})' if lines else ''}", file=sys.stderr)
     return 2
+
+
+def _lines_of_users(error: BaseException) -> list[str]:
+    """The lines that an error came through in files that are not installed, such as that of a method of one's own."""
+    installed = [str(pathlib.Path(__file__).parent), *sysconfig.get_paths().values()]
+    steps = traceback.extract_tb(error.__traceback__)
+    paths = [str(pathlib.Path(step.filename).absolute()) for step in steps]
+    return [
+        f"{step.filename}, line {step.lineno}"
+        for step, path in zip(steps, paths, strict=True)
+        if not step.filename.startswith("<") and not path.startswith(tuple(installed))
+    ]
 
 
 if __name__ == "__main__":

@@ -41,6 +41,14 @@ APART = {
     },
 }
 """Methods that cannot go on from a base with a part of each client, and why."""
+WITHOUT_SPECTRA = {
+    "fedamole": "mixtures of them",
+    "fedapen": "pairs of them",
+    "fedmutual": "pairs of them",
+    "fedprompt": "virtual tokens",
+    "fedptuning": "virtual tokens",
+}
+"""Methods whose adapters are no LoRAs at sites, and what they are."""
 DIFFERENCES = {"hvp": "fd", "order": "hf"}
 """Settings of methods that then take differences of gradients over small steps."""
 
@@ -121,7 +129,8 @@ def make(
     _check_settings(config, factory, settings)
     elsewhere = {}
     if "clients" in inspect.signature(factory).parameters:
-        settings = {"clients": clients} | settings
+        if settings.setdefault("clients", clients) != clients:
+            raise ValueError(f"algorithm.clients is {settings['clients']}, but the data have {clients}: leave it out")
     if config.server.name != "average" or config.server.learning_rate is not None:
         settings["server_optimizer"] = called("server", aggregate.server_optimizer, **config.server)
         key = "learning_rate" if config.server.name == "average" else "name"
@@ -180,13 +189,6 @@ def folded(config: ConfigDict, model: Model) -> Model:
             raise ValueError("algorithm fedprompt needs 'prompt'")
         return fedprompt.prompted(model, len(settings["prompt"]) if name == "fedprompt" else settings["virtual_tokens"])
     return adapters.merged(model) if config.adapter.kind == "full" else model
-
-
-def wants_aux(config: ConfigDict) -> str | None:
-    """The setting by which the method reads examples that clients hold out of training; None if it does not."""
-    settings = {**_defaults(find(config.algorithm.name)), **config.algorithm.to_dict()}
-    names = ["fuse_on", "fit_on"] + ["embed_on"] * (settings.get("assign", "data") == "data")
-    return next((name for name in names if settings.get(name) == "aux"), None)
 
 
 def unset(config: ConfigDict) -> dict[str, dict[str, Any]]:
@@ -250,7 +252,10 @@ def rivals(
             settings.server, settings.schedule = usual.server, usual.schedule
         own = {f"{section}.{key}" for section, values in sections.items() for key in values}
         check_choices(settings, f"points.{name}.", own)
-        method = make(settings, model, task, base, clients, parts=parts, kept=kept)
+        try:
+            method = make(settings, model, task, base, clients, parts=parts, kept=kept)
+        except ValueError as error:
+            raise ValueError(f"points.{name}: {error}") from error
         if not trained and any(method.traffic(jax.eval_shape(method.init, jax.random.key(0)))):
             raise ValueError(f"points.{name}: {settings.algorithm.name} learns in rounds, so it needs a run of its own")
         check_budgets(settings, method, f"points.{name}: ")
@@ -265,8 +270,11 @@ def strategy(config: ConfigDict, base: PyTree, rivals: Sequence[tuple] = ()) -> 
     """
     budgets = any(settings.personalize.budgets for settings in (config, *(settings for *_, settings in rivals)))
     spectral, mixed = config.evaluate.spectra, config.algorithm.name == "fedamole"
-    if mixed and spectral:
-        raise ValueError("evaluate.spectra is of LoRAs, expected False with algorithm fedamole, whose clients mix them")
+    if spectral and config.algorithm.name in WITHOUT_SPECTRA:
+        name, have = config.algorithm.name, WITHOUT_SPECTRA[config.algorithm.name]
+        raise ValueError(
+            f"evaluate.spectra is of LoRAs, expected False with algorithm {name}, whose clients have {have}"
+        )
     if not budgets and not spectral and not mixed:
         return None
     layout = ranks.layout(ranks.concrete(initializer(config, base)))

@@ -70,8 +70,10 @@ def _check_same(name: str, settings: ConfigDict, config: ConfigDict, rival: Algo
 
 
 def _observing(config: ConfigDict) -> dict[str, Any]:
-    """Settings of the algorithm that what it observes depends on."""
+    """Settings of the algorithm that what it observes depends on; of one that is not ours that may be any."""
     known = config.algorithm.items()
+    if ":" in config.algorithm.name:
+        return dict(known)
     return {key: value for key, value in known if key in ("name", "profile") or "tap" in key or "quantity" in key}
 
 
@@ -90,8 +92,8 @@ def _clients(
     observed: dict[str, np.ndarray],
 ) -> tuple[loop.Clients, dict[str, loop.Point]]:
     """Who takes part, and how they are evaluated in the end; their constants are `observed` and what data say."""
-    every = (config, *(own for *_, own in rivals))
-    asking = [(own.algorithm.name, setting) for own in every if (setting := methods.wants_aux(own))]
+    every = [(algorithm, config), *((method, own) for _, method, own in rivals)]
+    asking = [(own.algorithm.name, method.aux) for method, own in every if method.aux]
     held = grounds.aux(config, ground, *asking[0]) if asking else {}
     known = {**observed, **held} | ({} if ground.parts is None else {"part": ground.parts})
     clients = grounds.clients(config, ground.federation, ground.pad, known)
@@ -155,6 +157,7 @@ def _observed(
     """
     settings = (ground.hashes, config.max_length, config.widths, config.observe.batch, config.observe.published)
     settings += stage.model.tied  # heads that are tapped, too
+    settings += tuple(sorted(methods.sources(config).items()))
     key = manifest.digest(np.frombuffer(repr((settings, sorted(_observing(config).items()))).encode(), np.uint8))
     path = epath.Path(folder) / f"observed-{key[:16]}.npz"
     known = dict(np.load(io.BytesIO(path.read_bytes()))) if path.exists() else _look(config, ground, stage, base)

@@ -119,5 +119,7 @@ class Algorithm(NamedTuple):
     """(client) -> adapters that belong to this client's own base in a further stage; None if bases do not differ."""
     host_step: Callable[[PyTree], PyTree] | None = None
     """(server) -> server, on the host before the first round and after each."""
+    aux: str | None = None
+    """The setting by which clients need `constants["aux"]`, examples held out of their training; None: they do not."""
     budgets: bool = False
     """Whether `personalize` reads `constants["budget"]`: a config that gives budgets to another method is refused."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from federation import assert_same
+from ml_collections import ConfigDict
 
 from fedjax_peft import adapters, experiment, ground, loop, methods, metrics, one_client, records, rounds
 from fedjax_peft import stage as stages
@@ -139,6 +140,12 @@ def test_a_method_in_a_file_of_ones_own(load, tmp_path):
     config.algorithm.name = f"{tmp_path}/mine.py:yours"
     with pytest.raises(ValueError, match="mine.py has no function yours"):
         experiment.run(config, str(tmp_path / "other"))
+
+
+def test_what_a_method_of_ones_own_observes_may_depend_on_all_of_its_settings():
+    own = {"name": "mine.py:mine", "layers": 2}
+    assert stages._observing(ConfigDict({"algorithm": own})) == own
+    assert stages._observing(ConfigDict({"algorithm": own | {"name": "fedp2eft"}})) == {"name": "fedp2eft"}
 
 
 def test_a_method_without_schedules_is_refused_one_that_changes_something(load, tmp_path):
@@ -274,6 +281,9 @@ MISTAKES = {
     },
     "base.points cannot be set": {"base": {"points": {}}},
     "base.rounds is 0, expected 1 or more": {"base": {"rounds": 0}},
+    "^base: optimizer.learning_rate is -1.0": {"base": {"optimizer": {"learning_rate": -1.0}}},
+    "^max_length is 0": {"max_length": 0},
+    "evaluate.generate is 5, but nobody writes answers to 'chatterbot', expected 0": {"evaluate": {"generate": 5}},
     "base.algorithm.name is 'fedp2eft', which trains no model that all clients share": {
         "base": {"algorithm": {"name": "fedp2eft"}}
     },
@@ -345,6 +355,9 @@ REFUSED = {
     "algorithm.keep_optimizer is not a setting of fedp2eft": {
         "algorithm": {"name": "fedp2eft", "keep_optimizer": True}
     },
+    "algorithm.clients is 2, but the data have ": PLAIN | {"algorithm": {"name": "hetlora", "clients": 2}},
+    "evaluate.spectra is of LoRAs, expected False with algorithm fedmutual, whose clients have pairs of them": PLAIN
+    | {"algorithm": {"name": "fedmutual"}, "evaluate": {"spectra": True}, "points": {}},
     "algorithm fedprompt needs 'prompt'": {"algorithm": {"name": "fedprompt"}},
     "^a budget is 5 ranks a site, expected 1 to adapter.rank, which is 4": {"personalize": {"budgets": (5,)}},
     "points.x: fedit learns in rounds, so it needs a run of its own": point({"name": "fedit"}),
@@ -371,7 +384,7 @@ REFUSED = {
     "^points.x.algorithm.tap_dtype cannot differ": point({"tap_dtype": "bfloat16"}),
     "^server.name is 'adam', which fedp2eft has no use for": {"server": {"name": "adam"}},
     "^server.learning_rate is 0.5, which fedp2eft has no use for": {"server": {"learning_rate": 0.5}},
-    "^algorithm.initial is 'two', expected a number": point({"name": "adalora", "initial": "two"}),
+    "^points.x: algorithm.initial is 'two', expected a number": point({"name": "adalora", "initial": "two"}),
     "^schedule.name is 'cosine', which fedl2p has no use for": {
         "algorithm": {"name": "fedl2p"},
         "schedule": {"name": "cosine"},

@@ -309,6 +309,23 @@ def test_a_client_without_examples_has_the_servers_adapters():
     assert_same(make(fuse_on="train").personalize(federation.base(), server, client, none, KEY), server.adapters)
 
 
+def test_probes_take_the_batches_that_have_examples_wherever_they_are():
+    """A small client's only full step may be any of a chunk's: steps are permuted alike for all clients."""
+    state = played(make())[-1]
+    server, client = state.server, client_of(state, 4)
+    whole = data(4).replace(constants={})
+    weights = jnp.zeros_like(whole.weights).at[0].set(whole.weights[0])
+    first = whole.replace(weights=weights)
+    last = jax.tree.map(lambda leaf: jnp.roll(leaf, -1, axis=0), first)
+    assert len(whole.weights) > 1 and not last.weights[0].any()
+    found = [
+        jax.jit(make(fuse_on="train").personalize)(federation.base(), server, client, own, KEY) for own in (first, last)
+    ]
+    assert_same(*found)
+    own = adapters.nodes(found[0])
+    assert any(np.asarray(node.scale).any() for node in own.values() if isinstance(node, adapters.LoRA))
+
+
 def test_nothing_is_dropped_while_probes_are_scored():
     state, some = played(make())[-1], with_aux(4, aux(4))
     methods = [fdlora.fdlora(MODEL, TASK, init_adapters(dropout=rate), SGD) for rate in (0.0, 0.5)]

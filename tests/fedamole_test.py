@@ -390,6 +390,8 @@ def test_the_budget_of_privacy_adds_up_over_rounds():
     [
         ({"experts": 3}, "but 6 clients with at least 2 need 12: raise experts"),
         ({"top_k": 3, "min_experts": 2}, "algorithm.top_k is 3, expected 1 to 2"),
+        ({"top_k": 0}, "algorithm.top_k is 0, expected 1 or more"),
+        ({"top_k": 1, "min_experts": 0}, "algorithm.min_experts is 0, expected 1 or more"),
         ({"balance": -1.0}, "algorithm.balance is -1.0, expected 0 or more"),
         ({"assign": "best"}, "algorithm.assign is 'best', expected one of data, random, static"),
         ({"router": "none"}, "algorithm.router is 'none'"),

@@ -56,7 +56,7 @@ def test_runs_are_averaged_over_seeds_and_models_before_local_steps_are_others(t
             write(tmp_path / f"ours{alpha}{seed}", alpha, "fedamole", seed, 0.6 + 0.1 * seed, 0.9)
             write(tmp_path / f"fedit{alpha}{seed}", alpha, "fedit", seed, 0.4, 0.5)
     folders = sorted(tmp_path.iterdir())
-    scores, sets, _ = gains.read(folders)
+    scores, _, sets, _ = gains.read(folders)
     assert set(scores) == set(sets) == {"alpha=0.1", "alpha=1.0"}
     assert scores["alpha=0.1"] == pytest.approx(
         {"fedamole": 0.65, "fedamole (global)": 0.9, "fedit": 0.4, "fedit (global)": 0.5}
@@ -122,6 +122,22 @@ def test_scenarios_may_have_metrics_of_their_own(tmp_path, capsys):
     assert "mean of the scenarios' gains: +37.5000 %; gain of the means over scenarios: +40.0000 %" in said
     assert "everything is of the metrics accuracy, rougeL" in said
     assert "+50.0000" in said and "+25.0000" in said
+
+
+def test_means_of_fewer_runs_are_said_and_a_run_counts_once(tmp_path, capsys):
+    for seed in (0, 1):
+        write(tmp_path / f"ours{seed}", 0.1, "fedamole", seed, 0.6, 0.9)
+    write(tmp_path / "fedit", 0.1, "fedit", 0, 0.4, 0.5)
+    gains.show("fedamole", sorted(tmp_path.iterdir()))
+    assert "means over runs of name=snli, not as many of each: 2 of fedamole" in capsys.readouterr().out
+    write(tmp_path / "again", 0.1, "fedit", 0, 0.4, 0.5)
+    with pytest.raises(ValueError, match="again and .*fedit hold the same run"):
+        gains.read(sorted(tmp_path.iterdir()))
+
+
+def test_nothing_is_a_share_of_nothing():
+    with pytest.raises(ValueError, match="a: the best other method, x, has 0, of which nothing is a share"):
+        gains.gains("ours", {"a": {"ours": 0.5, "x": 0.0}}, {"a": "a"})
 
 
 def test_a_scenario_is_of_one_metric_of_which_more_is_better(tmp_path):

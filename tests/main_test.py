@@ -1,3 +1,4 @@
+import runpy
 import sys
 
 import pytest
@@ -23,6 +24,10 @@ def test_help(arguments, monkeypatch, capsys):
         (["report", "/nowhere"], "workdir /nowhere has no finished run"),
         (["bench", "--clients=none"], "--clients=none is not understood"),
         (["run", "--workdir=here"], "--config is missing"),
+        (
+            ["generate", "--workdir=here", "--client=0", "--prompt=a", "--top_p=0.9"],
+            "--top_p is 0.9, but nothing is drawn with --temperature=0",
+        ),
     ],
 )
 def test_mistakes(arguments, sentence, monkeypatch, capsys):
@@ -44,6 +49,16 @@ def test_a_mistake_in_a_config_file_is_one_line_that_says_where(tmp_path, monkey
             main.main()
         said = capsys.readouterr().err
         assert stopped.value.code == 2 and sentence in said and said.count("\n") == 1
+
+
+def test_a_mistake_in_a_file_of_ones_own_says_where(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.py").write_text("def mine():\n    int('x')\n")
+    monkeypatch.setitem(main.COMMANDS, "report", lambda _: runpy.run_path(f"{tmp_path}/mine.py")["mine"]())
+    monkeypatch.setattr(sys, "argv", ["fedjax-peft", "report"])
+    with pytest.raises(SystemExit) as stopped:
+        main.main()
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.endswith(f"'x' ({tmp_path}/mine.py, line 2)\n")
 
 
 def test_arguments_of_functions_are_given_by_flag(tmp_path, monkeypatch):

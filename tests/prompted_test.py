@@ -7,6 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from fedjax_peft import config
 from fedjax_peft.data import data_to_text, federated, federations, instruction_sets, prompted
 from fedjax_peft.data.federated import Encoded
 from fedjax_peft.data.tokenizers import Tokenizer
@@ -139,6 +140,8 @@ def test_settings_are_chosen_by_rows_that_are_neither_trained_nor_tested_on(tabl
         assert texts(choosing.train, client) == texts(whole.train, client)
         assert texts(choosing.test, client) == texts(whole.validation, client)
     assert choosing.references[0] == (texts(whole.validation, 0)[0][1],)
+    few = make(table, evaluated="validation", validation_limit=2, test_limit=1)
+    assert texts(few.test, 1) == texts(whole.validation, 1)[:2]
     with pytest.raises(ValueError, match="data.evaluated is 'train', expected 'test' or 'validation'"):
         make(table, evaluated="train")
     with pytest.raises(ValueError, match="data.evaluated is 'validation', but data.validation is 0"):
@@ -172,6 +175,8 @@ def test_mistakes_are_named(table):
         make(table, partition={"name": "iidd"})
     with pytest.raises(ValueError, match="there is no column 'language', only instruction, output, kind"):
         make(table, keep={"language": ["en"]})
+    with pytest.raises(ValueError, match="data.context is 'input', but the columns are instruction, output, kind"):
+        make(table, context="input")
     with pytest.raises(ValueError, match="no row has one of the values of 'kind'"):
         make(table, keep={"kind": ["d"]})
     with pytest.raises(TypeError, match="unexpected keyword argument 'auxx'"):
@@ -234,6 +239,54 @@ def test_natural_instructions_are_the_first_of_the_largest_tasks(tmp_path):
     assert named.groups == ("task10_d", "task2_e")
     with pytest.raises(ValueError, match="data.clients is 4, but .* has 3 tasks"):
         instruction_sets.natural_instructions(LETTERS, source=source, clients=4, largest=3, **settings)
+
+
+def test_tasks_may_count_their_rows_from_0_each(tmp_path):
+    row = {"definition": "d", "inputs": "i", "targets": "t"}
+    sizes = {"task1_a": 60, "task2_b": 80, "task3_c": 100}
+    rows = [row | {"task_name": task, "id": number} for task, size in sizes.items() for number in range(size)]
+    source = write(tmp_path / "all.jsonl", rows + rows[:10])
+    settings = {"max_length": 300, "split": "train", "test_limit": None}
+    made = instruction_sets.natural_instructions(LETTERS, source=source, clients=3, **settings)
+    assert [sum(len(texts(store, n)) for store in stores(made).values()) for n in range(3)] == [60, 80, 100]
+
+
+def test_columns_and_labels_that_data_sets_lack_are_named(tmp_path):
+    def snli(**row):
+        source = write(tmp_path / "snli.jsonl", [{"premise": "p", "hypothesis": "h", "label": 0}] * 20 + [row])
+        return instruction_sets.snli(LETTERS, source=source, max_length=120, clients=2, alpha=100.0)
+
+    with pytest.raises(ValueError, match="row 20 of column 'hypothesis' holds None instead of a text"):
+        snli(premise="p", hypothesis=None, label=1)
+    with pytest.raises(ValueError, match="has label 3, not one of the 3 classes"):
+        snli(premise="p", hypothesis="h", label=3)
+    said = [{"premise": "p", "hypothesis": "h", "label": label} for label in instruction_sets.LABELS] * 20
+    source = write(tmp_path / "words.jsonl", said)
+    made = instruction_sets.snli(LETTERS, source=source, max_length=120, clients=2, alpha=100.0)
+    answers = {answer for client in range(2) for _, answer in texts(made.train, client)}
+    assert answers == {"Yes", "Maybe", "No"}
+    for name, row, missing in (
+        ("snli", {"sentence1": "p", "sentence2": "h", "label": 0}, "premise"),
+        ("natural_instructions", {"definition": "d", "inputs": "i", "targets": "t"}, "task_name"),
+        ("fed_aya", {"instruction": "i", "response": "r", "language": "en"}, "client"),
+    ):
+        source = write(tmp_path / f"{name}.jsonl", [row] * 20)
+        with pytest.raises(ValueError, match=f"has no column '{missing}'"):
+            getattr(instruction_sets, name)(LETTERS, source=source, max_length=120)
+
+
+def test_settings_that_a_data_set_makes_itself_are_refused(tmp_path):
+    row = {"instruction": "i", "context": "", "response": "r", "category": "a"}
+    settings = {"source": write(tmp_path / "dolly.jsonl", [row] * 60), "max_length": 300, "clients": 2}
+    with pytest.raises(ValueError, match="^data.partition cannot be set, because dolly sets it itself$"):
+        config.called("data", instruction_sets.dolly, LETTERS, **settings, partition={"min_size": 5})
+
+
+def test_lists_of_texts_are_no_texts(tmp_path):
+    row = {"category": "Food", "triples": "a | b | c", "references": ["c is b"]}
+    source = write(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(ValueError, match=r"the column 'triples' has the text 'a \| b \| c', expected lists of texts"):
+        data_to_text.webnlg(LETTERS, source=source, max_length=60, clients=1)
 
 
 def test_whole_groups_go_to_the_client_with_fewest_rows():

@@ -116,7 +116,8 @@ def fdlora(
             return fusion(*pair, first, fuse)
         return fusion(*pair, jnp.where(jnp.any(texts.weights > 0), search(value), first), fuse)
 
-    return federated._replace(init_client=init_client, client_update=client_update, personalize=personalize)
+    own = {"init_client": init_client, "client_update": client_update, "personalize": personalize}
+    return federated._replace(**own, aux="fuse_on" if fuse_on == "aux" else None)
 
 
 def outer(rate: float, momentum: float) -> optax.GradientTransformation:
@@ -208,9 +209,10 @@ def search(value: Callable[[Array, int], Array]) -> Array:
 
 
 def _following(texts: Batches, start: Array, count: int) -> Batches:
-    """So many batches, beginning anew after the last one that has an example; those without are behind it."""
-    real = jnp.sum(jnp.any(texts.weights > 0, axis=-1), dtype=jnp.int32)
-    index = (start + jnp.arange(count, dtype=jnp.int32)) % jnp.maximum(real, 1)
+    """So many of the batches that have an example, wherever they are, beginning anew after the last one."""
+    real = jnp.any(texts.weights > 0, axis=-1)
+    turn = (start + jnp.arange(count, dtype=jnp.int32)) % jnp.maximum(jnp.sum(real, dtype=jnp.int32), 1)
+    index = jnp.argsort(~real, stable=True)[turn]
     return jax.tree.map(lambda leaf: leaf[index], texts)
 
 

@@ -153,6 +153,9 @@ def fedamole(
     expert_embeddings.check_noise(noise, assign)
     choices = {"balance_reduce": balance_reduce, "assign": assign, "router": router, "embed_on": embed_on}
     _check(balance, choices | {"adapter_dtype": adapter_dtype, "score_dtype": score_dtype})
+    for name, count in (("top_k", top_k), ("min_experts", top_k if min_experts is None else min_experts)):
+        if count < 1:
+            raise ValueError(f"algorithm.{name} is {count}, expected 1 or more")
     least, most = assignment.bounds(
         experts=experts,
         clients=clients,
@@ -161,7 +164,7 @@ def fedamole(
         most=max_experts,
         homogeneous=homogeneous,
     )
-    if not 1 <= top_k <= least:
+    if top_k > least:
         raise ValueError(
             f"algorithm.top_k is {top_k}, expected 1 to {least}, the fewest experts that a client may hold"
         )
@@ -268,7 +271,8 @@ def fedamole(
     held = experts * expert_choices / clients
     traffic = functools.partial(_traffic, layout=layout, held=held, embeds=assign == "data")
     parts = (init, init_client, client_update, fold, server_update, personalize, traffic)
-    return Algorithm(*parts, shared=shared, host_step=host_step)
+    aux = "embed_on" if (assign, embed_on) == ("data", "aux") else None
+    return Algorithm(*parts, shared=shared, host_step=host_step, aux=aux)
 
 
 def shared(server: Server) -> PyTree:

@@ -135,7 +135,8 @@ def fedapen(
         texts = local.held_out(batches, "fit_on") if fit_on == "aux" else batches.replace(constants={})
         return fit_weight(model, task, base, pair, weight, texts, key, epochs=fit_epochs, rate=fit_rate)
 
-    return _mutual(model, task, init_adapters, optimizer, fit=fit, **settings)
+    method = _mutual(model, task, init_adapters, optimizer, fit=fit, **settings)
+    return method._replace(aux="fit_on" if fit_on == "aux" else None)
 
 
 def _mutual(

@@ -44,6 +44,10 @@ def webnlg(
     columns = ("category", "triples", "references")
     splits = text_data.splits(source, train, test)
     tables = {name: text_data.read(source, split=split, columns=columns) for name, split in splits.items()}
+    for column in columns[1:]:
+        # A csv file has no lists, and a text would be read letter by letter.
+        if alone := [one for table in tables.values() for one in table[column] if isinstance(one, str)]:
+            raise ValueError(f"the column {column!r} has the text {alone[0]!r}, expected lists of texts in every row")
     dealt = whole_groups({name: table["category"] for name, table in tables.items()}, clients=clients, seed=seed)
     groups = federated.groups(tables["train"], "category", dealt["train"])
     rows, dealt = prompted.stacked(tables, dealt)

@@ -16,6 +16,9 @@ from fedjax_peft.data import text as text_data
 from fedjax_peft.data.federated import Federation
 from fedjax_peft.data.tokenizers import Tokenizer
 
+LABELS = ("entailment", "neutral", "contradiction")
+"""Classes of SNLI in the order of their numbers, as of `instructions.INFERENCES`."""
+
 
 def dolly(
     tokenizer: Tokenizer,
@@ -92,7 +95,7 @@ def fed_aya(
       seed: of the order of rows, and so of the test rows.
     """
     split = "train"
-    ids = text_data.read(source, split=split)
+    ids = text_data.read(source, split=split, columns=("client", "language"))
     ids = np.unique(prompted.having(ids, "language", languages)["client"])
     return prompted.from_columns(
         tokenizer,
@@ -133,9 +136,13 @@ def natural_instructions(
       largest: so many tasks with most rows, of equal ones the first by name.
       seed: of the order of rows.
     """
-    table = text_data.read_configs(source, tasks or _folders(source, split), split=split)
-    # A further reference repeats the id; so do rows that several splits share.
-    first = np.sort(np.unique(table["id"], return_index=True)[1])
+    columns = ("task_name", "definition", "inputs", "targets", "id")
+    table = text_data.read_configs(source, tasks or _folders(source, split), split=split, columns=columns)
+    # A further reference repeats the id; so do rows that several splits share. Tasks may count from 0 each.
+    keys: dict[tuple, int] = {}
+    for row, key in enumerate(zip(table["task_name"], table["id"], strict=True)):
+        keys.setdefault(key, row)
+    first = list(keys.values())
     table = {name: column[first] for name, column in table.items()}
     table["task"] = np.array([name.split("_")[0] for name in table["task_name"]], object)
     names, counts = np.unique(table["task"], return_counts=True)
@@ -145,10 +152,11 @@ def natural_instructions(
     table = prompted.having(table, "task", kept)
     dealt = partitions.natural_id({"train": table}, column="task", seed=seed)
     form = instructions.template(template, tokenizer)
+    inputs, targets = text_data.texts(table, ("inputs", "targets"))
     definitions = [text if isinstance(text, str) else text[0] for text in table["definition"]]
     questions = prompted.Questions(
-        [form.prompt(*pair) for pair in zip(definitions, table["inputs"], strict=True)],
-        [(form.before + text,) for text in table["targets"]],
+        [form.prompt(*pair) for pair in zip(definitions, inputs, strict=True)],
+        [(form.before + text,) for text in targets],
         begin=template != "chat",
     )
     groups = federated.groups(table, "task_name", dealt["train"])
@@ -183,12 +191,15 @@ def snli(
       seed: of the partition.
       published_draws: draw it as the code of FedAMoLE does, see `partition.dirichlet`.
     """
-    table = text_data.labelled(text_data.read(source, split=split))
+    table = text_data.labelled(text_data.read(source, split=split, columns=("premise", "hypothesis", "label")))
+    splits, _ = text_data.with_labels({split: table}, names=LABELS)
+    table = splits[split]
+    premises, hypotheses = text_data.texts(table, ("premise", "hypothesis"))
     drawn = {"clients": clients, "alpha": alpha, "seed": seed, "published": published_draws}
     dealt = partitions.dirichlet({"train": table}, **drawn)
     choices = instructions.INFERENCES
     questions = prompted.Questions(
-        [instructions.infer(*pair) for pair in zip(table["premise"], table["hypothesis"], strict=True)],
+        [instructions.infer(*pair) for pair in zip(premises, hypotheses, strict=True)],
         [(choices[label],) for label in table["label"]],
         choices,
     )

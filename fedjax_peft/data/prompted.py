@@ -90,7 +90,11 @@ def from_columns(
     form = instructions.template(template, tokenizer)
     rows, clients = stacked(tables, clients)
     asked, answers = text_data.texts(rows, (instruction, answer))
-    contexts = [text or "" for text in rows[context]] if context else [""] * len(asked)
+    contexts = [""] * len(asked)
+    if context:
+        if context not in rows:
+            raise ValueError(f"data.context is {context!r}, but the columns are {', '.join(rows)}")
+        contexts = [text or "" for text in rows[context]]
     questions = Questions(
         [form.prompt(*pair) for pair in zip(asked, contexts, strict=True)],
         [(form.before + text,) for text in answers],
@@ -143,7 +147,7 @@ def federation(
     names, parts = tuple(names or federated.names(groups)), _parts(clients, division)
     if division.evaluated == "validation":
         parts = [own | {"test": own["validation"], "validation": own["validation"][:0]} for own in parts]
-        division = division._replace(validation=0.0)
+        division = division._replace(validation=0.0, test_limit=division.validation_limit)
     held = np.unique(np.concatenate([rows for own in parts for rows in own.values()]))
     prompts = instructions.encode_prompts(
         tokenizer, [questions.prompts[row] for row in held], max_length=max_length, begin=questions.begin
@@ -227,7 +231,7 @@ def _repaired(name: str, parts: dict[str, np.ndarray], division: Division, fits:
         needed = ", ".join(["train", *wanted])
         raise ValueError(
             f"client {name} has too few rows whose prompts fit into max_length, expected one each for {needed}; "
-            f"data.partition.min_size leaves out who has fewer"
+            f"where data have a partition to choose, its min_size leaves out who has fewer"
         )
     return {part: rows[: getattr(division, f"{part}_limit")] for part, rows in parts.items()}
 

@@ -88,11 +88,13 @@ def splits(source: str, train: str, test: str | None, usual: str = "test") -> di
     return {"train": train} if whole or test is None else {"train": train, "test": usual if test == AUTO else test}
 
 
-def read_configs(source: epath.PathLike, configs: Sequence[str], *, split: str) -> Table:
+def read_configs(
+    source: epath.PathLike, configs: Sequence[str], *, split: str, columns: Sequence[str] | None = None
+) -> Table:
     """One split of a data set, or of several of its subsets one after the other; the column `language` names them."""
     if not configs:
-        return read(source, split=split)
-    tables = [read(source, split=split, config=config) for config in configs]
+        return read(source, split=split, columns=columns)
+    tables = [read(source, split=split, config=config, columns=columns) for config in configs]
     sizes = [len(next(iter(table.values()))) for table in tables]
     return _joined(source, configs, tables) | {"language": np.repeat(np.array(configs, object), sizes)}
 

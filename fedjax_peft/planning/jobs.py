@@ -81,7 +81,7 @@ def make_job(
     if writes:
         one["chosen"] = Shape((config.train.batch, min(answer or config.max_length // 2, config.max_length)), jnp.int32)
     batches = _batches(one, steps)
-    batches = batches.replace(constants=_constants(algorithm, base, one) | _aux(config, one))
+    batches = batches.replace(constants=_constants(algorithm, base, one) | _aux(config, algorithm, one))
     moments = jax.eval_shape(local.make_optimizer(**config.optimizer).init, adapters)
     tokens = steps * config.train.batch * config.max_length
     flops = steps * least_flops(model.apply, base, adapters, one)
@@ -234,9 +234,9 @@ def _constants(algorithm: Algorithm, base: PyTree, one: Mapping[str, Shape]) -> 
     return constants | jax.tree.map(lambda leaf: Shape(np.shape(leaf), np.asarray(leaf).dtype), known)
 
 
-def _aux(config: ConfigDict, one: Mapping[str, Shape]) -> dict[str, PyTree]:
+def _aux(config: ConfigDict, algorithm: Algorithm, one: Mapping[str, Shape]) -> dict[str, PyTree]:
     """Examples that clients hold out of training, as many as a client may, if the method reads them."""
-    if not methods.wants_aux(config):
+    if not algorithm.aux:
         return {}
     most = config.data.get("aux_limit") or prompted.Division().aux_limit
     texts = {name: Shape((config.observe.batch, *leaf.shape[1:]), leaf.dtype) for name, leaf in one.items()}

@@ -24,6 +24,7 @@ class Found(NamedTuple):
     """What finished runs came to."""
 
     scores: Scores
+    runs: dict[str, dict[str, int]]  # {scenario: {method: how many were averaged}}
     sets: dict[str, str]  # {scenario: data set}
     metrics: dict[str, str]  # {scenario: metric}
 
@@ -34,6 +35,7 @@ class _Run(NamedTuple):
     scenario: str  # all that is said of its data
     data: str  # set
     settings: dict[str, Any]  # the rest of its experiment, with dotted keys
+    experiment: dict[str, Any]  # all of it, seeds too
     metric: str
     points: dict[str, float]  # mean over seen clients
 
@@ -59,7 +61,7 @@ def show(ours: str, workdirs: Sequence[epath.PathLike]) -> None:
     Raises:
       ValueError: a directory without a finished run, or a scenario without our method or without another.
     """
-    scores, sets, metric_of = read(workdirs)
+    scores, averaged, sets, metric_of = read(workdirs)
     found = gains(ours, scores, sets)
     # Four decimals, as published averages are printed.
     rows = [[gain.of, gain.ours, gain.best, gain.rival, f"{gain.percent:+.4f}"] for gain in found]
@@ -68,6 +70,10 @@ def show(ours: str, workdirs: Sequence[epath.PathLike]) -> None:
     print(f"mean of the scenarios' gains: {mean:+.4f} %; gain of the means over scenarios: {found[-1].percent:+.4f} %")
     if partly := sorted(set().union(*scores.values()) - _of_all(scores.values())):
         print("not in every scenario:", ", ".join(partly))
+    for scenario, counts in averaged.items():
+        if len(set(counts.values())) > 1:
+            said = ", ".join(f"{count} of {method}" for method, count in sorted(counts.items()))
+            print(f"means over runs of {scenario}, not as many of each: {said}")
     print("everything is of the metrics", ", ".join(sorted(set(metric_of.values()))))
 
 
@@ -78,9 +84,14 @@ def read(workdirs: Sequence[epath.PathLike]) -> Found:
     differ in more than seeds within a scenario, such as ablations, are methods of their own in all scenarios.
 
     Raises:
-      ValueError: a directory without a finished run, a scenario of several metrics, or one of which less is better.
+      ValueError: a directory without a finished run, two of the same run, a scenario of several metrics, or a metric
+        of which less is better.
     """
     runs = [_read(epath.Path(workdir)) for workdir in workdirs]
+    for place, run in enumerate(runs):
+        for other in runs[:place]:
+            if (run.experiment, run.name) == (other.experiment, other.name):
+                raise ValueError(f"workdirs {other.workdir} and {run.workdir} hold the same run: give one of them")
     rivals = collections.defaultdict(list)
     for run in runs:
         rivals[run.name, run.scenario].append(run.settings)
@@ -99,8 +110,9 @@ def read(workdirs: Sequence[epath.PathLike]) -> Found:
             title = {"personal": label, "global": f"{label} (global)"}.get(point, point)
             found.setdefault(short[run.scenario], {}).setdefault(title, []).append(value)
     scores = {name: {method: float(np.mean(values)) for method, values in of.items()} for name, of in found.items()}
+    averaged = {name: {method: len(values) for method, values in own.items()} for name, own in found.items()}
     sets, of = ({short[scenario]: getattr(run, name) for scenario, run in first.items()} for name in ("data", "metric"))
-    return Found(scores, sets, of)
+    return Found(scores, averaged, sets, of)
 
 
 def _read(workdir: epath.Path) -> _Run:
@@ -112,11 +124,13 @@ def _read(workdir: epath.Path) -> _Run:
     if metric in summaries.LESS_IS_BETTER:
         raise ValueError(f"gains are of a metric of which more is better, but that of {workdir} is {metric}")
     settings = finished.settings(written)
+    experiment = dict(settings)
     data = {key: settings.pop(key) for key in sorted(settings) if key.startswith("data.")}
     kept = [key for key in data if key != "data.aux" and key not in finished.seeds(data)]
     scenario = ", ".join(f"{key.removeprefix('data.')}={data[key]}" for key in kept)
     means = {name: of[metric]["mean"] for name, of in points.items()}
-    return _Run(workdir, finished.name_of(written), scenario, data["data.name"], settings, metric, means)
+    name = finished.name_of(written)
+    return _Run(workdir, name, scenario, data["data.name"], settings, experiment, metric, means)
 
 
 def gains(ours: str, scores: Scores, sets: Mapping[str, str]) -> list[Gain]:
@@ -142,6 +156,10 @@ def gains(ours: str, scores: Scores, sets: Mapping[str, str]) -> list[Gain]:
         if not means:
             raise ValueError(f"{name}: there is no method beside {ours}")
         rival = max(means, key=means.__getitem__)
+        if means[rival] <= 0:
+            raise ValueError(
+                f"{name}: the best other method, {rival}, has {means[rival]:.4g}, of which nothing is a share"
+            )
         found.append(Gain(name, mine, means[rival], rival, 100 * (mine - means[rival]) / means[rival]))
     return found
 
