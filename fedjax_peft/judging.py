@@ -9,6 +9,7 @@ from typing import Any
 from etils import epath
 
 from fedjax_peft import evaluate, metrics, records
+from fedjax_peft.runs import Clients, Point, Problem
 from fedjax_peft.types import Algorithm, Array, PyTree
 
 NAMED = 5  # most clients that a warning names
@@ -17,18 +18,18 @@ logger = logging.getLogger(__name__)
 
 
 def make_judge(
-    problem: Any,
-    clients: Any,
+    problem: Problem,
+    clients: Clients,
     workdir: epath.Path,
     fresh: Callable[[Algorithm], tuple[PyTree, Any]],
     *,
     chunk: int,
     root: Array,
-) -> Callable[[PyTree, Any, int, Mapping[str, Any]], None]:
-    """What evaluates all pools and writes their rows: (server, population, round, {name: `loop.Point`}) -> None.
+) -> Callable[[PyTree, Any, int, Mapping[str, Point]], None]:
+    """What evaluates all pools and writes their rows: (server, population, round, {name: point}) -> None.
 
     Args:
-      problem, clients: a `loop.Problem` and `loop.Clients`.
+      problem, clients: of the run.
       workdir: the run directory.
       fresh: (algorithm) -> (server, population), for points that do not read those of the run.
       chunk: clients that a device works on at once.

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from fedjax_peft import adapters, aggregate, algorithms, local, loop, ranks, spectra, tasks
+from fedjax_peft import adapters, aggregate, algorithms, local, ranks, runs, spectra, tasks
 from fedjax_peft import settings as settings_lib
 from fedjax_peft.algorithms import bayestune, expert_embeddings, fedavg, fedl2p, fedprompt, mutual, personal_base
 from fedjax_peft.config import call, called, check_choices, check_keys, default_config, named, stage_one, update
@@ -263,7 +263,7 @@ def rivals(
     return rivals
 
 
-def strategy(config: ConfigDict, base: PyTree, rivals: Sequence[tuple] = ()) -> loop.Strategy | None:
+def strategy(config: ConfigDict, base: PyTree, rivals: Sequence[tuple] = ()) -> runs.Strategy | None:
     """What is recorded of a client at each site: ranks that a budget leaves or its weights have, or experts held.
 
     A budget of one point, of the run's own or of those of `rivals`, is enough.
@@ -279,11 +279,11 @@ def strategy(config: ConfigDict, base: PyTree, rivals: Sequence[tuple] = ()) -> 
         return None
     layout = ranks.layout(ranks.concrete(initializer(config, base)))
     if mixed:
-        return loop.Strategy(layout.names, functools.partial(expert_embeddings.strategy, layout))
+        return runs.Strategy(layout.names, functools.partial(expert_embeddings.strategy, layout))
     describe = functools.partial(ranks.strategy, layout)
     if not spectral:
-        return loop.Strategy(layout.names, describe)
+        return runs.Strategy(layout.names, describe)
     spectrum = functools.partial(spectra.describe, layout, tolerance=config.evaluate.rank_tolerance)
     if not budgets:
-        return loop.Strategy(layout.names, spectrum, spectra.RANKS)
-    return loop.Strategy(layout.names, lambda adapters: describe(adapters) | spectrum(adapters), spectra.RANKS)
+        return runs.Strategy(layout.names, spectrum, spectra.RANKS)
+    return runs.Strategy(layout.names, lambda adapters: describe(adapters) | spectrum(adapters), spectra.RANKS)

@@ -86,14 +86,22 @@ def table(layout: Layout, adapters: PyTree) -> Array:
     return jnp.concatenate([scale(*one) for one in zip(layout.paths, layout.shapes, strict=True)])[layout.order]
 
 
+def by_site(layout: Layout, rows: Array, empty: float) -> dict[tuple[str, ...], Array]:
+    """Rows of a table [J, ..] where they belong: {path: [.., ..]}; layers without an adapter have `empty`."""
+    sizes = [int(np.prod(shape[:-1])) for shape in layout.shapes]
+    flat = jnp.full((sum(sizes), *rows.shape[1:]), empty, rows.dtype).at[layout.order].set(rows)
+    starts = np.cumsum([0, *sizes])
+    return {
+        path: flat[start : start + size].reshape(*shape[:-1], *rows.shape[1:])
+        for path, shape, start, size in zip(layout.paths, layout.shapes, starts, sizes, strict=False)
+    }
+
+
 def scaled(layout: Layout, adapters: PyTree, scores: Array) -> PyTree:
     """The adapters with their scales multiplied by `[J, R]` scores."""
-    sizes = [int(np.prod(shape[:-1])) for shape in layout.shapes]
-    stacked = jnp.zeros((sum(sizes), layout.rank), scores.dtype).at[layout.order].set(scores)
-    parts = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
     flat = adapters_lib.nodes(adapters)
-    for path, shape, rows in zip(layout.paths, layout.shapes, parts, strict=True):
-        flat[path] = flat[path].replace(scale=flat[path].scale * stacked[rows].reshape(shape))
+    for path, own in by_site(layout, scores, 0.0).items():
+        flat[path] = flat[path].replace(scale=flat[path].scale * own)
     return adapters_lib.nest(flat)
 
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from fedjax_peft import evaluate, summaries
+from fedjax_peft.runs import Clients
 from fedjax_peft.types import Cohort, PyTree
 
 TRAVELLED = ("received", "sent")
@@ -25,7 +26,7 @@ class Pending(NamedTuple):
     told: Any  # [P, 3] of each process: tokens of examples, tokens computed, whether it was asked to stop
 
 
-def line(pending: Pending, clients: Any, since: float) -> dict[str, Any]:
+def line(pending: Pending, clients: Clients, since: float) -> dict[str, Any]:
     """What rounds.jsonl says of a round; waits for the device."""
     cohort, outcome, told = jax.device_get((pending.cohort, pending.metrics, pending.told))
     index, real = pending.round, cohort.ids < len(clients.names)
@@ -91,7 +92,7 @@ def _identity(clients, client, index, pool, point) -> dict[str, Any]:
 
 
 def strategies(
-    scores: evaluate.Scores, clients: Any, index: int, pool: str, point: str, sites: Sequence[str]
+    scores: evaluate.Scores, clients: Clients, index: int, pool: str, point: str, sites: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Those of strategies.parquet, one a client and site."""
     return [
@@ -106,7 +107,7 @@ def strategies(
 
 
 def rows(
-    scores: evaluate.Scores, clients: Any, index: int, pool: str, point: str, averaged: Sequence[str]
+    scores: evaluate.Scores, clients: Clients, index: int, pool: str, point: str, averaged: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Those of clients.parquet, one a client; `averaged` is of what is described of each site."""
     return [

@@ -11,7 +11,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fedjax_peft import evaluate, loop, manifest, methods, processes, rounds
+from fedjax_peft import evaluate, manifest, methods, processes, rounds, runs
 from fedjax_peft import ground as grounds
 from fedjax_peft.data import batches, federated, federations
 from fedjax_peft.ground import Ground
@@ -27,9 +27,9 @@ class Stage(NamedTuple):
     answers: Callable[..., Iterable]  # as of `ground.answers`
     algorithm: Algorithm
     rivals: list[tuple[str, Algorithm, ConfigDict]]
-    strategy: loop.Strategy | None
-    clients: loop.Clients
-    points: dict[str, loop.Point]
+    strategy: runs.Strategy | None
+    clients: runs.Clients
+    points: dict[str, runs.Point]
 
     @classmethod
     def make(cls, config: ConfigDict, ground: Ground):
@@ -42,7 +42,7 @@ class Stage(NamedTuple):
         rivals = methods.rivals(config, model, task, base, count, parts=parts, kept=ground.kept)
         for name, rival, settings in rivals:
             if settings.algorithm.name == config.algorithm.name:
-                _check_same(name, settings, config, rival, algorithm)
+                _check_goes_on(name, settings, config, rival, algorithm)
         _check_forks(model, base, ground.federation.test)
         answers = grounds.answers(config, ground, model)
         mesh = rounds.make_mesh(config.run.mesh.clients, config.run.mesh.model)
@@ -59,7 +59,7 @@ def _check_forks(model: Model, base: PyTree, tests: federated.Store) -> None:
         jax.eval_shape(model.apply, base, {}, inputs)
 
 
-def _check_same(name: str, settings: ConfigDict, config: ConfigDict, rival: Algorithm, algorithm: Algorithm) -> None:
+def _check_goes_on(name: str, settings: ConfigDict, config: ConfigDict, rival: Algorithm, algorithm: Algorithm) -> None:
     """Raises ValueError for a point that cannot go on from what the run observed and trained."""
     own, seen = _observing(settings), _observing(config)
     changed = sorted(key for key in own | seen if own.get(key) != seen.get(key))
@@ -90,7 +90,7 @@ def _clients(
     algorithm: Algorithm,
     rivals: list[tuple[str, Algorithm, ConfigDict]],
     observed: dict[str, np.ndarray],
-) -> tuple[loop.Clients, dict[str, loop.Point]]:
+) -> tuple[runs.Clients, dict[str, runs.Point]]:
     """Who takes part, and how they are evaluated in the end; their constants are `observed` and what data say."""
     every = [(algorithm, config), *((method, own) for _, method, own in rivals)]
     asking = [(own.algorithm.name, method.aux) for method, own in every if method.aux]
@@ -107,7 +107,7 @@ def _points(
     known: dict[str, PyTree],
     algorithm: Algorithm,
     rivals: list[tuple[str, Algorithm, ConfigDict]],
-) -> dict[str, loop.Point]:
+) -> dict[str, runs.Point]:
     """How clients are evaluated in the end: the run's own way first, each at its budgets."""
     train = federation.train
     widths, _ = grounds.token_widths(config, federation)
@@ -135,7 +135,7 @@ def _points(
             title = name if budget is None else f"{name} r{budget}"
             if title in ("base", "global", *points):
                 raise ValueError(f"two results of this run would be called {title!r}, expected another name in points")
-            points[title] = loop.Point(method, support(settings, budget), trained)
+            points[title] = runs.Point(method, support(settings, budget), trained)
     return points
 
 

@@ -34,6 +34,7 @@ RUN = {
     "processes",
     "records",
     "rounds",
+    "runs",
     "segments",
     "summaries",
     "written",
@@ -42,6 +43,7 @@ RUN = {
 # Module or folder -> what of this package it may import. A folder stands for all files in it.
 ALLOWED = {
     "types": set(),
+    "runs": {"types"},
     "trees": {"types"},
     "tasks": PURE,
     "adapters": PURE,
@@ -68,8 +70,8 @@ ALLOWED = {
     "written": PURE,
     "summaries": set(),
     "generate": PURE,
-    "records": PURE | {"evaluate", "summaries"},
-    "judging": PURE | {"evaluate", "metrics", "records"},
+    "records": PURE | {"evaluate", "runs", "summaries"},
+    "judging": PURE | {"evaluate", "metrics", "records", "runs"},
     "checkpoint": PURE | {"processes"},
     "metrics": {"processes"},
     "manifest": {"config", "metrics"},
@@ -79,21 +81,21 @@ ALLOWED = {
     "config": {"settings"},
     "one_client": PURE | {"loop", "population", "rounds"},
     "rank_recovery": PURE | {"adapters", "algorithms", "metrics", "rounds", "spectra"},
-    "ground": {"types", "config", "data", "evaluate", "generate", "loop", "models", "text_metrics"},
+    "ground": {"types", "config", "data", "evaluate", "generate", "models", "runs", "text_metrics"},
     "methods": PURE
-    | {"adapters", "aggregate", "algorithms", "config", "data", "ground", "local", "loop", "ranks", "settings"}
+    | {"adapters", "aggregate", "algorithms", "config", "data", "ground", "local", "ranks", "runs", "settings"}
     | {"spectra", "tasks"},
-    "stage": {"data", "evaluate", "ground", "loop", "manifest", "methods", "processes", "rounds", "types"},
+    "stage": {"data", "evaluate", "ground", "manifest", "methods", "processes", "rounds", "runs", "types"},
     "experiment": PURE
     | {"adapters", "config", "data", "ground", "loop", "manifest", "methods", "one_client", "population"}
-    | {"rank_recovery", "rounds", "settings", "stage"},
+    | {"rank_recovery", "rounds", "runs", "settings", "stage"},
     "published": PURE | {"adapters", "models"},
     "export": PURE | {"adapters", "experiment", "ground", "manifest", "mixture", "models", "one_client", "published"},
     "asking": PURE | {"data", "experiment", "generate", "ground", "one_client"},
     "reports": {"console", "manifest", "metrics", "reports", "summaries"},
     "benchmarks": PURE
     | {"adapters", "algorithms", "benchmarks", "console", "data", "local", "loop", "manifest", "metrics", "models"}
-    | {"rounds", "tasks"},
+    | {"rounds", "runs", "tasks"},
     "planning": PURE
     | {"config", "console", "data", "local", "methods", "metrics", "models", "planning", "rounds", "tasks"},
     "doctor": {"processes", "rounds"},

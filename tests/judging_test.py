@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from fedjax_peft import evaluate, judging, loop, metrics
+from fedjax_peft import evaluate, judging, metrics, runs
 
 CLIENTS = 7
 
@@ -17,8 +17,8 @@ def judged(workdir, monkeypatch, *, averaged=(), losses=(1.0,) * CLIENTS, exampl
     scores = evaluate.Scores(ids, np.array(examples), {"loss": np.array(losses)}, {}, described)
     monkeypatch.setattr(evaluate, "make_evaluate", lambda *arguments, **settings: lambda *arguments: scores)
     task = types.SimpleNamespace(derived=None)
-    strategy = loop.Strategy(("first", "second"), lambda adapters: described, averaged)
-    problem = loop.Problem(None, None, None, task, None, strategy)
+    strategy = runs.Strategy(("first", "second"), lambda adapters: described, averaged)
+    problem = runs.Problem(None, None, None, task, None, strategy)
     clients = types.SimpleNamespace(
         names=tuple("abcdefg"),
         groups=("x",) * CLIENTS,
@@ -29,7 +29,7 @@ def judged(workdir, monkeypatch, *, averaged=(), losses=(1.0,) * CLIENTS, exampl
     )
     judge = judging.make_judge(problem, clients, workdir, lambda algorithm: None, chunk=1, root=None)
     for index, point in ((0, "global"), (2, "global"), (2, "personal")):
-        judge(None, None, index, {point: loop.Point("method", None)})
+        judge(None, None, index, {point: runs.Point("method", None)})
     return metrics.read_rows(workdir / "strategies.parquet")
 
 

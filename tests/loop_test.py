@@ -10,7 +10,7 @@ import optax
 import pytest
 import toy
 
-from fedjax_peft import adapters, loop, metrics, records, rounds, tasks
+from fedjax_peft import adapters, loop, metrics, records, rounds, runs, tasks
 from fedjax_peft.algorithms import fedavg
 from fedjax_peft.data import batches, federated
 from fedjax_peft.types import Cohort
@@ -27,10 +27,10 @@ def store(seed):
     return federated.build(encoded, labels, np.split(np.arange(60), [4, 20, 30, 50]))
 
 
-def clients(dropped=lambda index, ids: np.zeros(len(ids), bool)) -> loop.Clients:
+def clients(dropped=lambda index, ids: np.zeros(len(ids), bool)) -> runs.Clients:
     train, test = store(0), store(1)
     pure = {"seed": 0, "widths": (3, 6), "batch": 4}
-    return loop.Clients(
+    return runs.Clients(
         names=tuple("abcde"),
         groups=("x", "x", "y", "y", "y"),
         examples=federated.sizes(train),
@@ -45,12 +45,12 @@ def clients(dropped=lambda index, ids: np.zeros(len(ids), bool)) -> loop.Clients
     )
 
 
-def points(method) -> dict[str, loop.Point]:
+def points(method) -> dict[str, runs.Point]:
     pure = {"seed": 0, "widths": (3, 6), "batch": 4}
-    return {"personal": loop.Point(method, lambda ids: batches.cohort(store(0), ids, round=0, steps=2, **pure))}
+    return {"personal": runs.Point(method, lambda ids: batches.cohort(store(0), ids, round=0, steps=2, **pure))}
 
 
-def problem(broken=()) -> loop.Problem:
+def problem(broken=()) -> runs.Problem:
     """FedIT on the toy; the uploads of clients in `broken` are not finite."""
     model, task = toy.model(), tasks.classification()
     base = model.init(jax.random.key(0))
@@ -71,7 +71,7 @@ def problem(broken=()) -> loop.Problem:
 
     method = algorithm._replace(init_client=init_client, client_update=client_update, personalize=personalize)
     mesh = rounds.make_mesh(2)
-    return loop.Problem(mesh, method, model, task, rounds.shard_base(base, mesh))
+    return runs.Problem(mesh, method, model, task, rounds.shard_base(base, mesh))
 
 
 def _none(server):
@@ -79,7 +79,7 @@ def _none(server):
 
 
 def run(workdir, people=None, broken=(), total=ROUNDS, **settings):
-    speed = {"chunk": 2, "evaluations": loop.Evaluations(2), "checkpoint_every": 2, "keep_checkpoints": 2} | settings
+    speed = {"chunk": 2, "evaluations": runs.Evaluations(2), "checkpoint_every": 2, "keep_checkpoints": 2} | settings
     whole = problem(broken)
     return loop.run(whole, people or clients(), points(whole.algorithm), workdir, seed=0, total=total, **speed)
 
@@ -117,7 +117,7 @@ def test_rows_hold_every_client_and_point(finished):
 
 
 def test_points_on_the_way_are_shown_on_demand_and_change_nothing(finished, tmp_path):
-    summary = run(tmp_path, evaluations=loop.Evaluations(2, points=True))
+    summary = run(tmp_path, evaluations=runs.Evaluations(2, points=True))
     assert summary == finished[1]
     rows, plain = (metrics.read_rows(workdir / "clients.parquet") for workdir in (tmp_path, finished[0]))
     early = [row for row in rows if row["point"] == "personal" and row["round"] < ROUNDS]
@@ -127,7 +127,7 @@ def test_points_on_the_way_are_shown_on_demand_and_change_nothing(finished, tmp_
 
 
 def test_the_base_is_evaluated_on_demand(finished, tmp_path):
-    summary = run(tmp_path, evaluations=loop.Evaluations(2, base=False))
+    summary = run(tmp_path, evaluations=runs.Evaluations(2, base=False))
     rows, plain = (metrics.read_rows(workdir / "clients.parquet") for workdir in (tmp_path, finished[0]))
     assert rows == [row for row in plain if row["round"] > 0]
     without = {pool: {point: of[point] for point in of if point != "base"} for pool, of in finished[1]["pools"].items()}
@@ -138,7 +138,7 @@ def test_points_of_their_own_are_not_evaluated_on_the_way(tmp_path):
     whole = problem()
     own = {name: point._replace(trained=False) for name, point in points(whole.algorithm).items()}
     speed = {"chunk": 2, "checkpoint_every": 2, "keep_checkpoints": 2}
-    evaluations = loop.Evaluations(1, points=True)
+    evaluations = runs.Evaluations(1, points=True)
     loop.run(whole, clients(), own, tmp_path, seed=0, total=2, evaluations=evaluations, **speed)
     rows = metrics.read_rows(tmp_path / "clients.parquet")
     assert {row["round"] for row in rows if row["point"] == "personal"} == {2}
@@ -187,7 +187,7 @@ def test_a_host_step_follows_every_round(tmp_path):
         return server.replace(round=server.round + 10)
 
     given = given._replace(algorithm=given.algorithm._replace(host_step=host_step))
-    speed = {"chunk": 2, "evaluations": loop.Evaluations(2), "checkpoint_every": 2, "keep_checkpoints": 2}
+    speed = {"chunk": 2, "evaluations": runs.Evaluations(2), "checkpoint_every": 2, "keep_checkpoints": 2}
     loop.run(given, clients(), points(given.algorithm), tmp_path, seed=0, total=2, **speed)
     server, _ = loop.final(given.algorithm, given.mesh, CLIENTS, tmp_path)
     assert int(server.round) == 32

@@ -302,9 +302,7 @@ def test_w_stays_in_its_interval():
     good, bad = state.server.adapters, trees.scale(trained(state.server.adapters), -3.0)
     bad = trees.join(bad, fixed(good))
     texts = jax.tree.map(lambda leaf: leaf[:3], data(4).replace(constants={}, width=np.zeros(3, np.int32)))
-    fit = jax.jit(
-        lambda pair: mutual.fit_weight(MODEL, TASK, base, pair, jnp.float32(0.5), texts, KEY, epochs=6, rate=0.3)
-    )
+    fit = jax.jit(lambda pair: mutual.fit_weight(MODEL, TASK, base, pair, jnp.float32(0.5), texts, epochs=6, rate=0.3))
     assert float(fit((good, bad))) == 1.0 and float(fit((bad, good))) == 0.0
 
 

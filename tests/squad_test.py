@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from fedjax_peft import adapters, loop, metrics, rounds, tasks
+from fedjax_peft import adapters, loop, metrics, rounds, runs, tasks
 from fedjax_peft.algorithms import fedavg
 from fedjax_peft.data import batches, federated, federations, partition, squad, tokenizers
 from fedjax_peft.models import hf
@@ -275,7 +275,7 @@ def test_a_run_learns_to_find_answers_and_pools_questions(tmp_path):
     method = fedavg.fedit(loaded.model, task, init, optax.adam(0.02))
     pure = {"seed": 0, "widths": (16,), "batch": 8}
     nothing = functools.partial(batches.cohort, data.train, round=0, steps=0, **pure)
-    clients = loop.Clients(
+    clients = runs.Clients(
         names=data.names,
         groups=("a", "a", "b"),
         examples=federated.sizes(data.train),
@@ -289,16 +289,16 @@ def test_a_run_learns_to_find_answers_and_pools_questions(tmp_path):
         tokens=batches.waste,
     )
     mesh = rounds.make_mesh(1)
-    problem = loop.Problem(mesh, method, loaded.model, task, rounds.shard_base(loaded.base, mesh))
+    problem = runs.Problem(mesh, method, loaded.model, task, rounds.shard_base(loaded.base, mesh))
     settings = {
         "seed": 0,
         "total": 6,
         "chunk": 3,
-        "evaluations": loop.Evaluations(6),
+        "evaluations": runs.Evaluations(6),
         "checkpoint_every": 6,
         "keep_checkpoints": 1,
     }
-    summary = loop.run(problem, clients, {"personal": loop.Point(method, nothing)}, tmp_path / "run", **settings)
+    summary = loop.run(problem, clients, {"personal": runs.Point(method, nothing)}, tmp_path / "run", **settings)
     before, after = (summary["pools"]["seen"][point] for point in ("base", "personal"))
     assert after["loss"]["mean"] < before["loss"]["mean"] / 2
     assert after["exact_match"]["mean"] > 0.9 > 0.5 > before["exact_match"]["mean"]
@@ -313,5 +313,5 @@ def test_a_run_learns_to_find_answers_and_pools_questions(tmp_path):
     assert before["f1"]["pooled"] == pytest.approx(np.mean(list(values.values())))
     assert before["f1"]["groups"] == pytest.approx({"a": (values[0] + values[1]) / 2, "b": values[2]})
     (tmp_path / "run" / "summary.json").unlink()
-    again = loop.run(problem, clients, {"personal": loop.Point(method, nothing)}, tmp_path / "run", **settings)
+    again = loop.run(problem, clients, {"personal": runs.Point(method, nothing)}, tmp_path / "run", **settings)
     assert again == summary, "tables hold all that a resumed run needs"

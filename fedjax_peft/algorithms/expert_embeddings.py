@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
 from fedjax_peft import adapters as adapters_lib
@@ -236,17 +235,6 @@ def scores(layout: ranks.Layout, known: Known, adapters: PyTree) -> Array:
     embedded = known.embedded[None, None]
     mean = jnp.sum(jnp.where(embedded, found, 0.0), -1, keepdims=True) / jnp.maximum(jnp.sum(embedded), 1)
     return jnp.where(embedded, found, mean)
-
-
-def by_site(layout: ranks.Layout, rows: Array, empty: float) -> dict[tuple[str, ...], Array]:
-    """Rows of a table [J, ..] where they belong: {path: [.., ..]}; layers without an adapter have `empty`."""
-    sizes = [int(np.prod(shape[:-1])) for shape in layout.shapes]
-    flat = jnp.full((sum(sizes), *rows.shape[1:]), empty, rows.dtype).at[layout.order].set(rows)
-    starts = np.cumsum([0, *sizes])
-    return {
-        path: flat[start : start + size].reshape(*shape[:-1], *rows.shape[1:])
-        for path, shape, start, size in zip(layout.paths, layout.shapes, starts, sizes, strict=False)
-    }
 
 
 def strategy(layout: ranks.Layout, adapters: PyTree) -> dict[str, Array]:

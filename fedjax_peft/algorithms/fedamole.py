@@ -194,7 +194,7 @@ def fedamole(
         return jnp.take(server.slots, client.id, axis=1, mode="clip")
 
     def train(base, server, client, batches, key, rate):
-        ids = expert_embeddings.by_site(layout, slots_of(server, client), experts)
+        ids = ranks.by_site(layout, slots_of(server, client), experts)
         nodes = adapters_lib.nodes(server.adapters)
         received = adapters_lib.nest(nodes | {path: mixture.gather(nodes[path], own) for path, own in ids.items()})
         start, fixed = _parted(received)
@@ -223,7 +223,7 @@ def fedamole(
         weights = jnp.where(cohort.reported, weights, 0.0)
         spoke = cohort.reported & (expert_embeddings.spoke(uploads.embeddings) if assign == "data" else False)
         counted = {"keys": jnp.where(spoke, weights, 0.0)}
-        ids, sums = expert_embeddings.by_site(layout, jnp.swapaxes(uploads.slots, 0, 1), experts), {}
+        ids, sums = ranks.by_site(layout, jnp.swapaxes(uploads.slots, 0, 1), experts), {}
         for path, leaves in _of_holders(uploads).items():
             own = jnp.moveaxis(ids[path], -2, 0)
             sums[path] = {x: mixture.scatter(leaf, own, counted.get(x, weights), experts) for x, leaf in leaves.items()}
@@ -238,7 +238,7 @@ def fedamole(
         return Sums(common, sums, holders, embedded, found, seen, spent)
 
     def server_update(server, sums):
-        holders, embedded = (expert_embeddings.by_site(layout, of, 0.0) for of in (sums.holders, sums.embedded))
+        holders, embedded = (ranks.by_site(layout, of, 0.0) for of in (sums.holders, sums.embedded))
         counted = {"keys": embedded}
         means = {
             path: {leaf: mixture.over_holders(total, counted.get(leaf, holders)[path]) for leaf, total in of.items()}

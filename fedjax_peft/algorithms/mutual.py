@@ -131,9 +131,9 @@ def fedapen(
     if not fit_rate > 0:
         raise ValueError(f"algorithm.fit_rate is {fit_rate}, expected a positive number")
 
-    def fit(base, pair, weight, batches, key):
+    def fit(base, pair, weight, batches):
         texts = local.held_out(batches, "fit_on") if fit_on == "aux" else batches.replace(constants={})
-        return fit_weight(model, task, base, pair, weight, texts, key, epochs=fit_epochs, rate=fit_rate)
+        return fit_weight(model, task, base, pair, weight, texts, epochs=fit_epochs, rate=fit_rate)
 
     method = _mutual(model, task, init_adapters, optimizer, fit=fit, **settings)
     return method._replace(aux="fit_on" if fit_on == "aux" else None)
@@ -153,7 +153,7 @@ def _mutual(
     schedule: optax.Schedule | None = None,
     personal_rate: float = 1.0,
 ) -> Algorithm:
-    """What both have in common; `fit`: (base, pair of adapters, w, batches, key) -> w, None where it is not fitted."""
+    """What both have in common; `fit`: (base, pair of adapters, w, batches) -> w, None where it is not fitted."""
     if kl_reduce not in REDUCTIONS:
         raise ValueError(f"algorithm.kl_reduce is {kl_reduce!r}, expected one of {', '.join(REDUCTIONS)}")
     if not kl_weight >= 0:
@@ -182,14 +182,14 @@ def _mutual(
         both, _, metrics = local.train(of_trained, each, start, each.init(start), batches, key, rate=rate)
         return both, metrics
 
-    def fitted(base, server, client, both, batches, key):
+    def fitted(base, server, client, both, batches):
         if fit is None:
             return client
-        return client.replace(weight=fit(base, whole(server, both), client.weight, batches, key))
+        return client.replace(weight=fit(base, whole(server, both), client.weight, batches))
 
     def client_update(base, server, client, batches, key):
         received = adapters_lib.trained(server.adapters)
-        client = fitted(base, server, client, (client.private, received), batches, key)
+        client = fitted(base, server, client, (client.private, received), batches)
         rate = 1.0 if schedule is None else schedule(server.round)
         (private, shared), metrics = train(base, server, client, batches, key, rate)
         upload = trees.subtract(shared, received)
@@ -199,7 +199,7 @@ def _mutual(
 
     def personalize(base, server, client, batches, key):
         both, _ = train(base, server, client, batches, key, personal_rate)
-        weight = fitted(base, server, client, both, batches, key).weight
+        weight = fitted(base, server, client, both, batches).weight
         private, shared = (adapters_lib.nodes(tree) for tree in whole(server, both))
         return adapters_lib.nest({path: Pair(private[path], shared[path], weight) for path in private})
 
@@ -262,7 +262,6 @@ def fit_weight(
     pair: tuple[PyTree, PyTree],
     weight: Array,
     texts: Batches,
-    key: Array,
     *,
     epochs: int,
     rate: float,
@@ -272,7 +271,6 @@ def fit_weight(
     Args:
       pair: (private, shared) adapters.
       texts: `[A, B, ..]`, a step each.
-      key: has no effect, as nothing is drawn.
     """
     # Models that agree but for rounding leave w where it is: with optax' own epsilon Adam would follow the rounding.
     adam = optax.adam(rate, eps=1e-6)
@@ -286,7 +284,7 @@ def fit_weight(
         return (jnp.clip(optax.apply_updates(weight, updates), 0.0, 1.0), state), {}
 
     def epoch(carry, _):
-        return local.scan(step, carry, texts, key)[0], None
+        return local.scan(step, carry, texts, jax.random.key(0))[0], None  # of which nothing is drawn
 
     (weight, _), _ = jax.lax.scan(epoch, (weight, adam.init(weight)), length=epochs)
     return weight

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from fedjax_peft import console, loop, manifest, metrics, rounds
+from fedjax_peft import console, loop, manifest, metrics, rounds, runs
 from fedjax_peft.data import federated
 from fedjax_peft.types import Algorithm, Batches, Model, Task
 
@@ -76,7 +76,7 @@ def measure(clients: int, folder: str | None, *, cohort: int, rounds: int, kilob
             seed=0,
             total=rounds,
             chunk=1,
-            evaluations=loop.Evaluations(every=None),
+            evaluations=runs.Evaluations(every=None),
             checkpoint_every=every,
             keep_checkpoints=2,
             population_folder=str(workdir / "scratch"),
@@ -98,7 +98,7 @@ def measure(clients: int, folder: str | None, *, cohort: int, rounds: int, kilob
 
 
 @functools.cache
-def _problem(words: int) -> loop.Problem:
+def _problem(words: int) -> runs.Problem:
     """A method that reads and writes every word of its client's state and trains nothing."""
 
     def client_update(base, server, client, batches, key):
@@ -116,17 +116,17 @@ def _problem(words: int) -> loop.Problem:
     nothing = {"none": jnp.zeros((), jnp.float32)}
     model = Model(lambda key: nothing, lambda base, adapters, inputs, key=None: None, lambda *given: None)
     task = Task(lambda outputs, labels: labels, lambda outputs, labels: {})
-    return loop.Problem(rounds.make_mesh(), method, model, task, nothing)
+    return runs.Problem(rounds.make_mesh(), method, model, task, nothing)
 
 
-def _clients(count: int, cohort: int) -> loop.Clients:
+def _clients(count: int, cohort: int) -> runs.Clients:
     def batches(ids):
         shape = (len(ids), 1, 1)
         inputs = {"tokens": np.zeros((*shape, 1), np.int32), "mask": np.ones((*shape, 1), bool)}
         width = np.zeros(shape[:2], np.int32)
         return Batches(inputs, np.zeros(shape, np.int32), np.ones(shape, np.float32), width, (1,))
 
-    return loop.Clients(
+    return runs.Clients(
         names=("client",) * count,
         groups=("all",) * count,
         examples=np.ones(count, np.int64),

@@ -155,9 +155,10 @@ def federation(
     fits = held[np.diff(prompts.offsets) < max_length]
     lost = {f"{part}_left_out": sum(int((~np.isin(own[part], fits)).sum()) for own in parts) for part in PARTS}
     parts = [_repaired(name, own, division, fits) for name, own in zip(names, parts, strict=True)]
-    stores = {}
+    stores, rows_of = {}, {}
     for part in (part for part in PARTS if part in ("train", "test") or getattr(division, part)):
         rows, texts, own = _examples(questions, [client[part] for client in parts], part)
+        rows_of[part] = rows
         asked, labels = np.searchsorted(held, rows), {}
         if questions.choices and part == "test":
             encoded = instructions.encode_choices(tokenizer, prompts, asked, questions.choices, max_length=max_length)
@@ -173,7 +174,7 @@ def federation(
         pools={"seen": np.arange(len(names), dtype=np.int32)},
         classes=questions.choices,
         task="choice" if questions.choices else "causal",
-        references=None if questions.choices else tuple(questions.answers[row] for row in rows),
+        references=None if questions.choices else tuple(questions.answers[row] for row in rows_of["test"]),
         majority=_majority(questions, parts) if questions.choices else None,
         lost=lost,
     )

@@ -145,7 +145,7 @@ def compile_round(job: Job, topology: Topology, candidate: Candidate) -> Plan:
     parts |= {"activations, temporaries": max(memory.temp_size_in_bytes - training, 0)}
     parts |= {"program": memory.generated_code_size_in_bytes}
     cost = hlo.cost(compiled.as_text())
-    seconds, network = _seconds(cost, topology, candidate.model)
+    seconds, network = _seconds(cost, topology)
     logger.info("%s %s: compiled in %.0f s", topology.name, candidate, time.monotonic() - start)
     return Plan(candidate, slots, needed, needed <= topology.chip.memory, parts, cost, least, seconds, network)
 
@@ -297,7 +297,7 @@ def _parts(job: Job, arguments: tuple, chunk: int) -> dict[str, float]:
     }
 
 
-def _seconds(cost: hlo.Cost, topology: Topology, model: int) -> tuple[float | None, float | None]:
+def _seconds(cost: hlo.Cost, topology: Topology) -> tuple[float | None, float | None]:
     """(a round at best, of it between chips): rings without stalls, nothing of them hidden behind products."""
     chip, network = topology.chip, 0.0
     for one in cost.collectives:
