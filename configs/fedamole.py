@@ -253,7 +253,7 @@ def _small(config, data, method):
     config.optimizer.learning_rate = 1e-2 if method == "fedprompt" else 2e-3
     config.data.train_limit = 100
     config.data.aux_limit = 5 if data == "ni" else 10
-    config.data.test_limit = 30 if data == "snli" else 8
+    config.data.test_limit = config.data.validation_limit = 30 if data == "snli" else 8
     config.evaluate.every = 1000
     config.evaluate.base = method == "fedit"  # all others but two begin with the same
     config.evaluate.end = method in ("fedit", "fedprompt", "fedptuning")  # elsewhere the mean is no row of the table

@@ -77,7 +77,7 @@ def _small(config):
     config.train.batch = config.personalize.batch = 4
     config.personalize.budgets = (2,)
     config.data.train_limit = 60
-    config.data.test_limit = 4
+    config.data.test_limit = config.data.validation_limit = 4
     config.evaluate.generate = 32
     config.run.scan = True
     config.run.chunk = 3

@@ -80,7 +80,7 @@ def get_config(variant: str = "webnlg"):
         config.model.source = "smollm2"
         config.adapter.targets = "q_proj,v_proj"
         config.data.train_limit = 200
-        config.data.test_limit = 12
+        config.data.test_limit = config.data.validation_limit = 12
         config.rounds = 5
         config.train.steps = 5
         config.optimizer.learning_rate = 3e-3

@@ -316,4 +316,5 @@ def call(
             raise
         if refused[1] == "unexpected":
             raise ValueError(settings_lib.unknown(key, refused[2], function, (), elsewhere)) from None
-        raise ValueError(f"{key}.{refused[2]} cannot be set, because {function.__name__} sets it itself") from None
+        said = (elsewhere or {}).get(refused[2], f"{key}.{refused[2]} is given")
+        raise ValueError(f"{said}, but {function.__name__} sets {refused[2]} itself") from None

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 import pathlib
 import re
 import sys
@@ -252,13 +253,15 @@ def _mistake(error: ValueError) -> int:
 
 def _lines_of_users(error: BaseException) -> list[str]:
     """The lines that an error came through in files that are not installed, such as that of a method of one's own."""
-    installed = [str(pathlib.Path(__file__).parent), *sysconfig.get_paths().values()]
+    known = [str(pathlib.Path(__file__).parent), *sysconfig.get_paths().values()]
+    installed = tuple(folder + os.sep for folder in known)
     steps = traceback.extract_tb(error.__traceback__)
     paths = [str(pathlib.Path(step.filename).absolute()) for step in steps]
     return [
         f"{step.filename}, line {step.lineno}"
         for step, path in zip(steps, paths, strict=True)
-        if not step.filename.startswith("<") and not path.startswith(tuple(installed))
+        if not step.filename.startswith("<") and not path.startswith(installed)
+        if not {"site-packages", "dist-packages"} & set(pathlib.Path(path).parts)
     ]
 
 

@@ -94,7 +94,9 @@ def abstract(
     """
     model = folded(config, model)
     own = jax.eval_shape(initializer(config, base), jax.random.key(0))
-    return model, make(config, model, task or tasks.classification(), base, config.cohort), own
+    # There are no data to count the clients of.
+    clients = config.algorithm.get("clients", config.cohort)
+    return model, make(config, model, task or tasks.classification(), base, clients), own
 
 
 def initializer(config: ConfigDict, base: PyTree) -> Callable[..., PyTree]:

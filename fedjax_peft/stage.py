@@ -157,7 +157,7 @@ def _observed(
     """
     settings = (ground.hashes, config.max_length, config.widths, config.observe.batch, config.observe.published)
     settings += stage.model.tied  # heads that are tapped, too
-    settings += tuple(sorted(methods.sources(config).items()))
+    settings += tuple(own for name, own in methods.sources(config).items() if name == "algorithm")
     key = manifest.digest(np.frombuffer(repr((settings, sorted(_observing(config).items()))).encode(), np.uint8))
     path = epath.Path(folder) / f"observed-{key[:16]}.npz"
     known = dict(np.load(io.BytesIO(path.read_bytes()))) if path.exists() else _look(config, ground, stage, base)

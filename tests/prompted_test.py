@@ -278,7 +278,7 @@ def test_columns_and_labels_that_data_sets_lack_are_named(tmp_path):
 def test_settings_that_a_data_set_makes_itself_are_refused(tmp_path):
     row = {"instruction": "i", "context": "", "response": "r", "category": "a"}
     settings = {"source": write(tmp_path / "dolly.jsonl", [row] * 60), "max_length": 300, "clients": 2}
-    with pytest.raises(ValueError, match="^data.partition cannot be set, because dolly sets it itself$"):
+    with pytest.raises(ValueError, match="^data.partition is given, but dolly sets partition itself$"):
         config.called("data", instruction_sets.dolly, LETTERS, **settings, partition={"min_size": 5})
 
 

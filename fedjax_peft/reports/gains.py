@@ -59,7 +59,7 @@ def show(ours: str, workdirs: Sequence[epath.PathLike]) -> None:
         `NAME (global)`.
 
     Raises:
-      ValueError: a directory without a finished run, or a scenario without our method or without another.
+      ValueError: what `read` and `gains` raise.
     """
     scores, averaged, sets, metric_of = read(workdirs)
     found = gains(ours, scores, sets)
@@ -137,6 +137,9 @@ def gains(ours: str, scores: Scores, sets: Mapping[str, str]) -> list[Gain]:
     """A gain for each scenario, then for each data set, then over all scenarios.
 
     Over several scenarios the best other method is the one whose mean over them is highest, of those that all have.
+
+    Raises:
+      ValueError: a scenario without our method or without another, or whose best other method has 0 or less.
     """
     groups = collections.defaultdict(list)
     for scenario, data in sets.items():
