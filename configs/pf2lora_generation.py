@@ -86,7 +86,7 @@ def get_config(variant: str = "webnlg"):
         config.optimizer.learning_rate = 3e-3
         config.evaluate.every = 1000
         config.evaluate.base = method == "homlora"  # all methods begin with the same
-        config.evaluate.end = method == "pf2lora"  # whose common adapters alone are nobody's; HOMLoRA's are everybody's
+        config.evaluate.end = method == "perfedavg"  # before clients adapt; others do not
         config.evaluate.generate = 48
         config.evaluate.batch = 12 if data == "e2e" else 6  # of twelve tests, the short ones of WebNLG apart
         config.evaluate.pack = 1
