@@ -11,7 +11,7 @@ import toy
 from federation import CLIENTS, assert_close, assert_same, snapshot
 
 from fedjax_peft import adapters, mixture, ranks, tasks, trees
-from fedjax_peft.algorithms import expert_embeddings, fedamole, fedavg
+from fedjax_peft.algorithms import expert_banks, expert_embeddings, fedamole, fedavg
 from fedjax_peft.models import llama
 from fedjax_peft.types import Batches
 
@@ -254,7 +254,7 @@ def test_load_balance_is_of_tokens_that_count(mask_padding):
     # The third text is shorter than the longest; the fourth, a padding example, is longer.
     batch.inputs["mask"][:] = np.arange(6) < np.array([5, 4, 2, 6])[:, None]
     batch = batch.replace(weights=np.array([1, 1, 1, 0], np.float32))
-    trained, fixed = fedamole._parted(adapters.nest({SITE: own}))
+    trained, fixed = expert_banks.parted(adapters.nest({SITE: own}))
     loss = jax.jit(fedamole._objective(MODEL, TASK, federation.base(), fixed, layout, 0.25, mask_padding))
     total, metrics = loss(trained, batch, None)
     outputs, taps = jax.jit(MODEL.taps)(federation.base(), adapters.nest({SITE: own}), batch.inputs)

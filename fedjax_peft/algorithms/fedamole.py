@@ -3,8 +3,8 @@
 Zhang et al., Personalized Federated Fine-Tuning for LLMs via Data-Driven Heterogeneous Model Architectures, arXiv
 2411.19128. At every site the server has a bank of E LoRA experts, one shared expert and a router:
 
-    client   gather the experts that chose it; train them, the shared expert, the router and the head, on the loss plus
-             load balance; send them, and mean queries and keys of its texts (expert_embeddings.py)
+    client   gather the experts that chose it (expert_banks.py); train them, the shared expert, the router and the head,
+             on the loss plus load balance; send them, and mean queries and keys of its texts (expert_embeddings.py)
     server   mean over clients of router, shared expert and head; mean of each expert over its holders
     host     <expert, client> / sqrt R scores clients; each expert chooses k of them (assignment.py)
     use      gather, and train on the client's own examples
@@ -17,7 +17,6 @@ By the compiler's count a local step costs 1.12 of one of FedIT on the same toke
 Llama-3.2-1B's width); to be embedded costs a client a forward pass, half of a step for as many texts as a step has.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -29,14 +28,13 @@ from flax import struct
 
 from fedjax_peft import adapters as adapters_lib
 from fedjax_peft import aggregate, assignment, local, mixture, ranks, trees
-from fedjax_peft.algorithms import expert_embeddings
+from fedjax_peft.algorithms import expert_banks, expert_embeddings
 from fedjax_peft.algorithms.expert_embeddings import Embeddings, Known, Noise
 from fedjax_peft.mixture import Mixture
 from fedjax_peft.types import Algorithm, Array, Model, PyTree, Task
 
 # Folded into a key for what FedIT does not draw; larger than any site, so that shared expert and head are as there.
-EXPERTS, SCORES = 2**31 - 1, 2**31 - 2
-OF_HOLDERS = ("a", "b", "rows")  # leaves of a mixture that belong to its experts
+EXPERTS, SCORES = expert_banks.EXPERTS, expert_banks.EXPERTS - 1
 CHOICES = {
     "balance_reduce": ("sum", "mean"),
     "assign": ("data", "random", "static"),
@@ -172,8 +170,10 @@ def fedamole(
     share = balance / layout.sites if balance_reduce == "mean" else balance
 
     def init(key):
-        adapters = _banks(key, init_adapters, layout, experts, shared_expert, router == "linear", top_k)
-        trained, fixed = _parted(adapters)
+        linear = router == "linear"
+        own = {"experts": experts, "shared_expert": shared_expert, "linear": linear, "top_k": top_k}
+        adapters = expert_banks.made(key, init_adapters, layout, **own)
+        trained, fixed = expert_banks.parted(adapters)
         adapters = trees.join(jax.tree.map(lambda leaf: leaf.astype(adapter_dtype), trained), fixed)
         scores = jax.random.uniform(jax.random.fold_in(key, SCORES), (layout.sites, experts, clients))
         server = Server(
@@ -197,7 +197,7 @@ def fedamole(
         ids = ranks.by_site(layout, slots_of(server, client), experts)
         nodes = adapters_lib.nodes(server.adapters)
         received = adapters_lib.nest(nodes | {path: mixture.gather(nodes[path], own) for path, own in ids.items()})
-        start, fixed = _parted(received)
+        start, fixed = expert_banks.parted(received)
         loss = _objective(model, task, base, fixed, layout, share, mask_padding)
         trained, _, metrics = local.train(loss, optimizer, start, optimizer.init(start), batches, key, rate=rate)
         return trees.join(trained, fixed), trees.subtract(trained, start), metrics
@@ -224,12 +224,12 @@ def fedamole(
         spoke = cohort.reported & (expert_embeddings.spoke(uploads.embeddings) if assign == "data" else False)
         counted = {"keys": jnp.where(spoke, weights, 0.0)}
         ids, sums = ranks.by_site(layout, jnp.swapaxes(uploads.slots, 0, 1), experts), {}
-        for path, leaves in _of_holders(uploads).items():
+        for path, leaves in expert_banks.of_holders(uploads.change, uploads.embeddings).items():
             own = jnp.moveaxis(ids[path], -2, 0)
             sums[path] = {x: mixture.scatter(leaf, own, counted.get(x, weights), experts) for x, leaf in leaves.items()}
         ones = jnp.ones(uploads.slots.shape, jnp.float32)
         holders, embedded = (mixture.scatter(ones, uploads.slots, of, experts) for of in (weights, counted["keys"]))
-        common = aggregate.weighted_sum(_common(uploads.change), cohort, weighting)
+        common = aggregate.weighted_sum(expert_banks.common(uploads.change), cohort, weighting)
         seen = jnp.where(spoke, cohort.ids, clients)
         found = uploads.embeddings.client if assign == "data" else ()
         found = jax.tree.map(lambda leaf: expert_embeddings.placed(leaf, seen, clients), found)
@@ -244,7 +244,7 @@ def fedamole(
             path: {leaf: mixture.over_holders(total, counted.get(leaf, holders)[path]) for leaf, total in of.items()}
             for path, of in sums.experts.items()
         }
-        server = server.replace(adapters=_moved(server.adapters, aggregate.mean(sums.common), means))
+        server = server.replace(adapters=expert_banks.moved(server.adapters, aggregate.mean(sums.common), means))
         server = server.replace(round=server.round + 1)
         if assign == "random":
             key = jax.random.fold_in(jax.random.key(server.seed), server.round)
@@ -269,7 +269,10 @@ def fedamole(
         return server.replace(slots=assignment.slots(chosen, most))
 
     held = experts * expert_choices / clients
-    traffic = functools.partial(_traffic, layout=layout, held=held, embeds=assign == "data")
+
+    def traffic(server):
+        return expert_banks.traffic(server.adapters, layout, held, assign == "data")
+
     parts = (init, init_client, client_update, fold, server_update, personalize, traffic)
     aux = "embed_on" if (assign, embed_on) == ("data", "aux") else None
     return Algorithm(*parts, shared=shared, host_step=host_step, aux=aux)
@@ -282,31 +285,12 @@ def shared(server: Server) -> PyTree:
     return adapters_lib.nest({path: node for path, node in nodes.items() if node is not None})
 
 
-def _is_trained(leaf: str) -> bool:
-    return leaf not in ("scale", "held", "ids")
-
-
-def _parted(adapters: PyTree) -> tuple[PyTree, PyTree]:
-    return trees.select(adapters, _is_trained), trees.select(adapters, lambda leaf: not _is_trained(leaf))
-
-
 def _check(balance: float, choices: dict[str, str]) -> None:
     if balance < 0:
         raise ValueError(f"algorithm.balance is {balance}, expected 0 or more")
     for name, value in choices.items():
         if value not in CHOICES[name]:
             raise ValueError(f"algorithm.{name} is {value!r}, expected one of {', '.join(CHOICES[name])}")
-
-
-def _banks(key, init_adapters, layout, experts, shared_expert, linear, top_k) -> PyTree:
-    """The adapters of the server: what FedIT would start from as shared experts, and experts drawn likewise."""
-    nodes = adapters_lib.nodes(init_adapters(key))
-    keys = jax.random.split(jax.random.fold_in(key, EXPERTS), 1 + experts * (2 if linear else 1))
-    draws = adapters_lib.nodes(jax.lax.map(init_adapters, keys))
-    for path in layout.paths:
-        made = mixture.bank(nodes[path], draws[path].a, experts, top_k=top_k, linear=linear)
-        nodes[path] = made if shared_expert else made.replace(shared=None)
-    return adapters_lib.nest(nodes)
 
 
 def _objective(model, task, base, fixed, layout, factor, mask_padding) -> local.Loss:
@@ -324,49 +308,3 @@ def _objective(model, task, base, fixed, layout, factor, mask_padding) -> local.
         return mean + factor * uneven, {"loss": mean, "balance": uneven / layout.sites}
 
     return loss
-
-
-def _of_holders(uploads: Upload) -> dict[tuple[str, ...], dict[str, Array]]:
-    """What belongs to experts: changes of their leaves, and embeddings."""
-    found = {}
-    for path, node in adapters_lib.nodes(uploads.change).items():
-        if isinstance(node, Mixture):
-            leaves = {name: getattr(node, name) for name in OF_HOLDERS}
-            found[path] = {name: leaf for name, leaf in leaves.items() if leaf is not None}
-    if uploads.embeddings:
-        for path, keys in adapters_lib.nodes(uploads.embeddings.experts).items():
-            found[path] |= {"keys": keys} if keys is not None else {}
-    return found
-
-
-def _common(change: PyTree) -> PyTree:
-    """The rest: what all clients hold."""
-    none = dict.fromkeys(OF_HOLDERS)
-    nodes = adapters_lib.nodes(change).items()
-    return adapters_lib.nest({path: x.replace(**none) if isinstance(x, Mixture) else x for path, x in nodes})
-
-
-def _moved(adapters: PyTree, common: PyTree, means: dict) -> PyTree:
-    nodes = adapters_lib.nodes(common)
-    for path, leaves in means.items():
-        nodes[path] = nodes[path].replace(**{leaf: value for leaf, value in leaves.items() if leaf in OF_HOLDERS})
-    trained, fixed = _parted(adapters)
-    # Sums over clients are float32, whatever the adapters are.
-    moved = jax.tree.map(lambda old, mean: (old + mean).astype(old.dtype), trained, adapters_lib.nest(nodes))
-    return trees.join(moved, fixed)
-
-
-def _traffic(server: Server, layout: ranks.Layout, held: float, embeds: bool) -> tuple[int, int]:
-    """Down and up of a client with as many experts as clients hold on average, in numbers of four bytes."""
-    nodes = adapters_lib.nodes(server.adapters)
-    heads = {path: node for path, node in nodes.items() if path not in layout.paths}
-    down, more = adapters_lib.count(adapters_lib.nest(heads)), 0.0
-    for path in layout.paths:
-        node, own = nodes[path], mixture.sizes(nodes[path])
-        # Layers of a stack without an adapter travel with nobody.
-        layers = sum(name in layout.names for name in adapters_lib.names(path, node.held.size // node.held.shape[-1]))
-        down += layers * (held * own.expert + own.common)
-        more += layers * own.query * (1 + held * (node.router is not None))
-    # Ids of experts are such numbers; of parameters in bfloat16 two make one.
-    ids, share = held * layout.sites, jnp.dtype(node.a.dtype).itemsize / 4
-    return round(ids + share * down), round(ids + share * (down + more * embeds))
