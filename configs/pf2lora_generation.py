@@ -17,8 +17,39 @@ are not public and ours. `published` is GPT-2 Medium with the recipe that LoRA's
 32, dropout .1, label smoothing .1, 500 steps of warm-up; ten beams, a length penalty of .8, no four tokens twice in an
 answer), with eight clients, and with the metrics of the two data sets' own scripts, BLEU first; METEOR matches words
 and stems, not synonyms, and is not to be compared with published values. The small version has SmolLM2-135M in its
-place, decodes greedily and judges answers one by one. Methods are still to be compared: with seed 0 and rates that
-nobody tuned, E2E's 34 tests have a ROUGE-L of .185 on the base, .648 with HOMLoRA and .643 with HETLoRA.
+place, decodes greedily and judges answers one by one: five rounds of five steps of two examples, twelve tests a client.
+
+Small version, by `--config.seed=0 --config.data.seed=0` (WebNLG also `--config.data.test=validation`), mean over
+clients, in % but for the loss; one seed, jax 0.10.2. On one core of a CPU with AVX2 HOMLoRA takes six minutes on E2E, PF2LoRA
+twelve, and on WebNLG, whose texts are longer and whose clients are eight, half an hour and an hour and a quarter:
+
+    E2E, 34 tests          ROUGE-L   METEOR    chrF    loss
+    base                      22.9     18.3    21.0    2.63
+    HOMLoRA                   62.4     63.2    62.1    1.80
+    Per-FedAvg                60.6     60.2    57.9    1.83
+    HETLoRA                   62.0     64.6    63.6    1.81
+    HETLoRA, truncated        61.6     64.4    62.6    1.83
+    PF2LoRA                   64.2     64.5    62.6    1.83
+
+    WebNLG, 96 tests
+    base                      17.1      8.4    16.0    2.31
+    HOMLoRA                   48.4     46.0    47.1    1.54
+    PF2LoRA                   47.8     46.5    47.6    1.48
+
+ROUGE-L by client, base / HOMLoRA / PF2LoRA, Food 16 / 49 / 47, Airport 20 / 48 / 48, Building 18 / 49 / 52, WrittenWork
+15 / 48 / 47, SportsTeam 12 / 41 / 38, Astronaut 13 / 53 / 56, University 23 / 52 / 51, ComicsCharacter 19 / 48 / 42. On
+E2E, base / HOMLoRA / Per-FedAvg / HETLoRA / PF2LoRA: Chinese 26 / 61 / 62 / 62 / 63, English 22 / 55 / 54 / 56 / 57,
+without food 21 / 70 / 65 / 68 / 72. Per-FedAvg and HETLoRA were not run on WebNLG.
+
+The learning rate was chosen on another draw of E2E (seed 7) by the loss of validation rows, with all rounds: of 1e-3,
+3e-3 and 1e-2 for HOMLoRA (1.62, 1.52, 1.54), of 1e-3 and 3e-3 for PF2LoRA (1.57, 1.52); Per-FedAvg and HETLoRA take
+theirs, and `client_rate`, `inner_rate` and all of WebNLG were not tuned.
+
+Reading: 25 steps teach what such a text looks like, and one adapter for all learns that: 40 points of ROUGE-L on E2E,
+31 on WebNLG. Between the methods lie a few points, which one seed and twelve tests a client do not decide. On WebNLG,
+whose clients hold categories, PF2LoRA's loss is lower for each of the eight (it reads two minibatches a step), its
+ROUGE-L is not; on E2E it is the other way round. Personal adapters stay small: their largest singular value is a
+fifteenth (E2E) and a tenth (WebNLG) of the common one's, median over sites, for four times the time of a round.
 """
 
 from fedjax_peft import experiment
