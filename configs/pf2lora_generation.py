@@ -20,8 +20,8 @@ and stems, not synonyms, and is not to be compared with published values. The sm
 place, decodes greedily and judges answers one by one: five rounds of five steps of two examples, twelve tests a client.
 
 Small version, by `--config.seed=0 --config.data.seed=0` (WebNLG also `--config.data.test=validation`), mean over
-clients, in % but for the loss; one seed, jax 0.10.2. On one core of a CPU with AVX2 HOMLoRA takes six minutes on E2E, PF2LoRA
-twelve, and on WebNLG, whose texts are longer and whose clients are eight, half an hour and an hour and a quarter:
+clients, in % but for the loss; one seed, jax 0.10.2. On one core of a CPU with AVX2 HOMLoRA takes six minutes on E2E,
+PF2LoRA twelve, and on WebNLG, whose texts are longer and whose clients are eight, half an hour and an hour:
 
     E2E, 34 tests          ROUGE-L   METEOR    chrF    loss
     base                      22.9     18.3    21.0    2.63
