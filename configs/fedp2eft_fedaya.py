@@ -10,7 +10,8 @@ Paper: Lee et al., FedP2EFT, AAAI 2026, arXiv 2502.04387. Data: FedLLM-Bench's a
 SmolLM2-135M and any such folder. METEOR here matches words and stems; with WordNet's synonyms, as published, it is the
 measure `meteor_wordnet`. Tables by language count a client of several under the one that most of its rows have.
 
-All published values are open, and nothing has been measured here yet.
+All published values are open, and nothing has been measured here yet: `small` was seen to run on other texts with
+these columns, no more.
 """
 
 from fedjax_peft import experiment
