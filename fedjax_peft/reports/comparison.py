@@ -12,14 +12,12 @@ GROUPS = 20  # most rows of groups in a table
 
 def methods(runs: Sequence[finished.Run]) -> dict[str, list[finished.Run]]:
     """Runs of the same experiment but for seeds, under their method's name and what else sets them apart."""
+    finished.check_once(runs, lambda run: run.experiment)
     same: dict[str, list[finished.Run]] = {}
     for run in runs:
         own = finished.seeds(run.experiment)
         key = json.dumps({key: value for key, value in run.experiment.items() if key not in own}, sort_keys=True)
-        for other in same.setdefault(key, []):
-            if finished.seeds(other.experiment) == own:
-                raise ValueError(f"workdirs {other.workdir} and {run.workdir} hold the same run: give one of them")
-        same[key].append(run)
+        same.setdefault(key, []).append(run)
     rivals = collections.defaultdict(list)
     for first, *_ in same.values():
         rivals[first.name].append(first.experiment)

@@ -1,7 +1,7 @@
 """Finished runs, read back from their directories, and the names of the points that clients were evaluated at."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,6 +60,14 @@ def read(workdir: epath.PathLike) -> Run:
     return Run(
         workdir, name_of(found), base, experiment, found["sha256"], summary["rounds"], summary["pools"], metric, points
     )
+
+
+def check_once(runs: Sequence[Any], key: Callable[[Any], Any]) -> None:
+    """Raises ValueError for two of the `runs`, each with a `workdir`, that are the same by `key`."""
+    for place, run in enumerate(runs):
+        for other in runs[:place]:
+            if key(run) == key(other):
+                raise ValueError(f"workdirs {other.workdir} and {run.workdir} hold the same run: give one of them")
 
 
 def ended(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

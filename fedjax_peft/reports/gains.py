@@ -88,10 +88,7 @@ def read(workdirs: Sequence[epath.PathLike]) -> Found:
         of which less is better.
     """
     runs = [_read(epath.Path(workdir)) for workdir in workdirs]
-    for place, run in enumerate(runs):
-        for other in runs[:place]:
-            if (run.experiment, run.name) == (other.experiment, other.name):
-                raise ValueError(f"workdirs {other.workdir} and {run.workdir} hold the same run: give one of them")
+    finished.check_once(runs, lambda run: (run.experiment, run.name))
     rivals = collections.defaultdict(list)
     for run in runs:
         rivals[run.name, run.scenario].append(run.settings)
